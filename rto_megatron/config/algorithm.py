@@ -1,0 +1,145 @@
+"""The knobs of DPO, the reward model, token rewards, advantages and PPO."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Direct preference optimization (arXiv 2305.18290)."""
+
+    beta: float = 0.1
+    """Strength of the pull to the reference, per nat."""
+    label_smoothing: float = 0.0
+    """Probability that a label is wrong; 0 is plain DPO."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """`ipo` is the squared loss of arXiv 2310.12036."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError(f"dpo.beta must be positive, got {self.beta}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"dpo.label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """The sentence reward model, trained on pairs."""
+
+    loss: Literal["sigmoid", "logexp"] = "sigmoid"
+    """Both are -log sigmoid(chosen - rejected); `logexp` writes it as log(1 + exp)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTOConfig:
+    """How three signals become token rewards."""
+
+    dpo_coef: float = 0.05
+    """Weight of the DPO log-ratio, per nat. 0 turns it off, which is plain PPO."""
+    kl_coef: float = 0.01
+    """Weight of the KL penalty to the reference, per nat. 0 turns it off."""
+    score_coef: float = 1.0
+    """Weight of the reward model's score on the last token. 0 turns it off."""
+    dpo_clip: float | None = 0.05
+    """Largest size of one token's DPO reward, after scaling, in reward units; null leaves it alone."""
+    score_clip: float = 10.0
+    """Largest size of the normalised score."""
+    shaping: Literal["token", "sentence", "terminal", "shaping_only"] = "token"
+    """Where the DPO total of a response goes: on its tokens (RTO), spread evenly over each sentence
+    (Semi-RTO), on the last token (DDPO), or on its tokens with the sum taken off at the end (RS-PPO)."""
+    kl_target: float | None = None
+    """Nats per response: adapt kl_coef towards this KL; null keeps kl_coef fixed."""
+    kl_horizon: int = 10000
+    """Samples over which the adaptive controller moves."""
+
+    def __post_init__(self) -> None:
+        for name in ("dpo_coef", "kl_coef", "score_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"rto.{name} must be 0 or more, got {getattr(self, name)}; 0 turns the term off")
+        if self.dpo_clip is not None and self.dpo_clip <= 0:
+            raise ValueError(f"rto.dpo_clip must be positive or null, got {self.dpo_clip}; use null for no clipping")
+        if self.score_clip <= 0:
+            raise ValueError(f"rto.score_clip must be positive, got {self.score_clip}")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ValueError(f"rto.kl_target must be positive or null, got {self.kl_target}; use null for a fixed kl_coef")
+        if self.kl_horizon < 1:
+            raise ValueError(f"rto.kl_horizon must be 1 or more, got {self.kl_horizon}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """From token rewards to advantages."""
+
+    estimator: Literal["gae", "reinforce_pp"] = "gae"
+    """`gae` with a critic; `reinforce_pp` is REINFORCE++ (arXiv 2501.03262), without one."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """GAE's lambda; 1 is the Monte-Carlo return minus the value, 0 the one-step error."""
+    whiten: bool = True
+    """Shift and scale advantages to mean 0 and variance 1 over all response tokens of the step."""
+
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"advantage.{name} must lie between 0 and 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Clipped policy and value updates."""
+
+    clip: float = 0.2
+    """The ratio of new to old probability counts only within 1 +- this."""
+    value_clip: float | None = 0.2
+    """New values count only within old values +- this; null turns it off."""
+    value_coef: float = 1.0
+    """Scale of the critic's loss."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus, per nat; 0 turns it off."""
+    num_epochs: int = 1
+    """Passes over the samples of a step."""
+    loss_mean: Literal["sequence", "token"] = "sequence"
+    """Average over the tokens of each sequence, then over sequences; or over all tokens at once."""
+
+    def __post_init__(self) -> None:
+        if self.clip <= 0:
+            raise ValueError(f"ppo.clip must be positive, got {self.clip}")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise ValueError(f"ppo.value_clip must be positive or null, got {self.value_clip}; use null for no clipping")
+        for name in ("value_coef", "entropy_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")
+        if self.num_epochs < 1:
+            raise ValueError(f"ppo.num_epochs must be 1 or more, got {self.num_epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    max_prompt_tokens: int = 256
+    """Longer prompts are refused (see data.too_long)."""
+    max_new_tokens: int = 64
+    """Length of the window; a response that fills it is truncated."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-prob of the run; 0 is greedy (generate and evaluate only)."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability; 1 among all."""
+    truncation: Literal["keep", "overwrite_eos"] = "keep"
+    """What becomes of the last token of a truncated response: stays, or is replaced by EOS as in the paper's code."""
+    max_slots: int = 32
+    """Sequences that decode together on one data-parallel replica."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"rollout.temperature must be 0 or more, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"rollout.top_k must be 0 or more, got {self.top_k}; 0 samples among all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"rollout.top_p must lie above 0 and at most 1, got {self.top_p}")

@@ -1,0 +1,69 @@
+"""How a run is cut over ranks, and in which arithmetic it is done."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout of every role; data parallelism is what is left of the world."""
+
+    tensor: int = 1
+    """Ranks that share each matrix."""
+    pipeline: int = 1
+    """Ranks that share the layers."""
+    sequence: bool = False
+    """Cut norms and residuals over the tensor ranks too; needs tensor > 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"parallel.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.sequence and self.tensor == 1:
+            raise ValueError("parallel.sequence needs parallel.tensor > 1, got tensor 1; set parallel.sequence to false")
+
+    def data(self, world: int) -> int:
+        """Data-parallel size in a world of that many ranks."""
+        if world % (self.tensor * self.pipeline):
+            raise ConfigError(
+                f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline} does not divide the {world} "
+                f"ranks that were started; start a multiple of {self.tensor * self.pipeline} (torchrun --nproc-per-node)"
+            )
+        return world // (self.tensor * self.pipeline)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Raise ConfigError unless the layout divides the model."""
+        for name in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(model, name) % self.tensor:
+                raise ConfigError(f"parallel.tensor must divide model.{name} {getattr(model, name)}, got {self.tensor}")
+        groups = model.num_query_groups
+        if groups % self.tensor and self.tensor % groups:
+            raise ConfigError(f"parallel.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}")
+        if model.num_layers % self.pipeline:
+            raise ConfigError(f"parallel.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """Arithmetic and memory."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of weights and activations. Log-probs, rewards, advantages and losses are float32 either way."""
+    micro_batch_size: int = 4
+    """Sequences in one forward and backward pass."""
+    score_micro_batch_size: int = 16
+    """Sequences in one forward pass without gradient."""
+    log_prob_chunk: int = 512
+    """Tokens whose logits exist at one time; smaller takes less memory."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations to compute again in the backward pass rather than keep."""
+    threads: int = 1
+    """CPU threads of one rank; more than cores / ranks makes it slower."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batch_size", "score_micro_batch_size", "log_prob_chunk", "threads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"compute.{name} must be 1 or more, got {getattr(self, name)}")

@@ -1,0 +1,226 @@
+"""One dataclass a stage: all that a run's YAML file may say."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
+from rto_megatron.config.data import DataConfig, TokenizerConfig
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length and rhythm of supervised training (sft, dpo, reward)."""
+
+    batch_size: int = 32
+    """Rows per optimizer step, over all ranks; a pair is one row."""
+    num_epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; null runs all epochs."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the end only."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"train.max_steps must be 1 or more or null, got {self.max_steps}; null runs all epochs")
+        if self.eval_every < 0:
+            raise ValueError(f"train.eval_every must be 0 or more, got {self.eval_every}; 0 evaluates at the end only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRun:
+    """Supervised fine-tuning: the likelihood of the response tokens."""
+
+    run_dir: Path
+    """Where checkpoint, TensorBoard files and the resolved config go."""
+    data: DataConfig
+    start: Path | None = None
+    """A run folder to start from; null starts from scratch with `model` and `tokenizer`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of weights and data order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPORun:
+    """Direct preference optimization from the SFT model."""
+
+    run_dir: Path
+    """Where checkpoint, TensorBoard files and the resolved config go."""
+    start: Path
+    """The SFT run: it is the reference too, and is recorded as this checkpoint's parent."""
+    data: DataConfig
+    dpo: DPOConfig = field(default_factory=DPOConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of data order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRun:
+    """A sentence reward model from pairs; its score's mean and std are stored with it."""
+
+    run_dir: Path
+    """Where checkpoint, TensorBoard files and the resolved config go."""
+    start: Path
+    """The run whose backbone the reward model starts from."""
+    data: DataConfig
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of the fresh head and the data order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RTORun:
+    """Reinforced token optimization: rollouts, token rewards, PPO."""
+
+    run_dir: Path
+    """Where checkpoint, TensorBoard files and the resolved config go."""
+    policy: Path
+    """The run that the policy starts from: the DPO or the SFT run."""
+    reference: Path
+    """The SFT run: pi_ref of the DPO term and of the KL penalty."""
+    dpo: Path | None = None
+    """The DPO run: pi_dpo. Needed unless rto.dpo_coef is 0."""
+    reward_model: Path | None = None
+    """The reward run. Needed unless rto.score_coef is 0."""
+    critic: Path | None = None
+    """The run that the critic starts from; null takes the reward run, else the policy's."""
+    data: DataConfig
+    num_steps: int = 20
+    """Rounds of rollout and update."""
+    prompts_per_step: int = 32
+    """Prompts of one rollout, over all ranks."""
+    samples_per_prompt: int = 1
+    """Responses to each prompt."""
+    samples_per_optimizer_step: int = 16
+    """Responses of one PPO minibatch, over all ranks; divides prompts_per_step x samples_per_prompt."""
+    eval_every: int = 0
+    """Steps between evaluations on data.eval; 0 evaluates at start and end only."""
+    allow_other_reference: bool = False
+    """Go on although the DPO run's recorded parent is not `reference`."""
+    rto: RTOConfig = field(default_factory=RTOConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The policy's."""
+    critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of prompts, samples, minibatches and a fresh critic head."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "prompts_per_step", "samples_per_prompt", "samples_per_optimizer_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every must be 0 or more, got {self.eval_every}; 0 evaluates at start and end only")
+        samples = self.prompts_per_step * self.samples_per_prompt
+        if samples % self.samples_per_optimizer_step:
+            raise ValueError(
+                f"samples_per_optimizer_step must divide the {samples} samples of a step "
+                f"(prompts_per_step {self.prompts_per_step} x samples_per_prompt {self.samples_per_prompt}), "
+                f"got {self.samples_per_optimizer_step}"
+            )
+        if self.rto.dpo_coef > 0 and self.dpo is None:
+            raise ValueError("dpo must name the DPO run, got null; or set rto.dpo_coef to 0, which is plain PPO")
+        if self.rto.score_coef > 0 and self.reward_model is None:
+            raise ValueError("reward_model must name the reward run, got null; or set rto.score_coef to 0")
+        if self.rto.dpo_coef == 0 and self.rto.score_coef == 0:
+            raise ValueError("rto.dpo_coef and rto.score_coef are both 0: there is nothing to learn; set one of them")
+        if self.rollout.temperature == 0:
+            raise ValueError("rollout.temperature must be positive in training, got 0 (greedy samples have no log-probs)")
+        if self.rollout.top_k or self.rollout.top_p < 1:
+            raise ValueError(
+                "rollout.top_k and rollout.top_p must be 0 and 1 in training, got "
+                f"{self.rollout.top_k} and {self.rollout.top_p}: log-probs are of the full distribution"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRun:
+    """Responses of a checkpoint to a file of prompts, as JSON lines."""
+
+    checkpoint: Path
+    """The run whose policy answers."""
+    data: DataConfig
+    """`data.train` is not read; `data.eval` holds the prompts."""
+    out: Path
+    """The JSONL file to write: prompt, response, tokens, log_probs, truncated."""
+    max_prompts: int | None = None
+    """Answer only the first so many; null answers all."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun:
+    """Held-out score and KL of one or more policies, as a table."""
+
+    run_dir: Path
+    """Where the table (Markdown and JSON) and the samples go."""
+    checkpoints: tuple[Path, ...]
+    """The runs whose policies are compared; the first is the one whose samples are shown as 'before'."""
+    reference: Path
+    """The SFT run, for the KL."""
+    reward_model: Path
+    """The reward run, for the score."""
+    data: DataConfig
+    """`data.eval` holds the prompts."""
+    max_prompts: int | None = None
+    """Evaluate on the first so many; null takes all."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    seed: int = 0
+    """Of the samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRun:
+    """Hugging Face folder -> run folder, or back."""
+
+    source: Path
+    """A Hugging Face folder or one of our run folders; what it is decides the direction."""
+    out: Path
+    """The folder to write; must not exist."""
+    chat_template: Path | None = None
+    """A Jinja file to store with the tokenizer; null keeps the source's."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+STAGES = {
+    "sft": SFTRun,
+    "dpo": DPORun,
+    "reward": RewardRun,
+    "rto": RTORun,
+    "ppo": RTORun,
+    "generate": GenerateRun,
+    "evaluate": EvaluateRun,
+    "convert": ConvertRun,
+}
+"""Stage name on the command line -> the config it takes."""

@@ -1,0 +1,17 @@
+"""What the user did wrong: `__main__` prints the message alone and exits with code 2."""
+
+
+class UserError(ValueError):
+    """The user's config, data or files break a rule; the message names thing, rule and way out."""
+
+
+class ConfigError(UserError):
+    """A field of the run's config, or two of them together, break a rule."""
+
+
+class DataError(UserError):
+    """A data file, or a line of one, breaks a rule."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or does not fit what it is asked to be."""

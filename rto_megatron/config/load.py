@@ -1,0 +1,217 @@
+"""From words to the frozen config of a stage, with one clear message for whatever does not fit.
+
+A YAML file is saved command-line words: the file's words come first, the user's after, and the later one wins.
+tyro says how a text becomes the type of a field, and prints the help. Names and sections are matched here rather than by
+`tyro.cli`, which answers a mistake with a box and an exit, and cannot say which line of which file it came from.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import tyro
+import yaml
+from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
+
+from rto_megatron.config.run import STAGES
+from rto_megatron.config.words import COMMAND_LINE, EMPTY_SECTION, Word, words_of_command_line, words_of_yaml
+from rto_megatron.errors import ConfigError
+
+_BOOLS = {"true": "True", "yes": "True", "on": "True", "false": "False", "no": "False", "off": "False"}
+
+
+def load_run(stage: str, yaml_path: Path | None, words: Sequence[str]) -> Any:
+    """Read the config of `stage` from a YAML file and the command-line words that follow it.
+
+    Returns:
+        The frozen dataclass `STAGES[stage]`. Relative paths in it are relative to the working directory.
+    """
+    if stage not in STAGES:
+        raise ConfigError(f"{COMMAND_LINE}: the stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    if "-h" in words or "--help" in words:
+        print_help(stage)
+    config_class = STAGES[stage]
+    from_file = words_of_yaml(yaml_path) if yaml_path else []
+    settings = _Settings(config_class, from_file + words_of_command_line(words), yaml_path)
+    return settings.build(config_class, prefix="")
+
+
+def dump_run(config: Any) -> str:
+    """Write a config as the YAML that `load_run` reads it back from."""
+    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+
+
+def print_help(stage: str) -> None:
+    """Print every setting of a stage with its meaning and default, and exit with code 0."""
+    tyro.cli(
+        STAGES[stage],
+        prog=f"python -m rto_megatron {stage} RUN.yaml",
+        default=_specimen(STAGES[stage]),
+        args=["--help"],
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+class _Settings:
+    """The words of one run by key, and how they become dataclasses."""
+
+    def __init__(self, config_class: type, words: Sequence[Word], yaml_path: Path | None) -> None:
+        self.source = str(yaml_path) if yaml_path else COMMAND_LINE
+        self.kinds = dict(_fields_below(config_class, prefix=""))
+        self.words: dict[str, Word] = {}
+        for word in words:
+            self._check_name(word)
+            if _section(self.kinds[word.key]):
+                # `model.rope_scaling: null` takes back what was said about its fields before.
+                self.words = {key: kept for key, kept in self.words.items() if not key.startswith(f"{word.key}.")}
+            self.words[word.key] = word
+
+    def build(self, config_class: type, prefix: str) -> Any:
+        """The dataclass whose fields are named `prefix` + name; fields without a word keep their default."""
+        values = {}
+        for name, kind in get_type_hints(config_class).items():
+            key = prefix + name
+            section = _section(kind)
+            word = self.words.get(key)
+            given = any(other.startswith(f"{key}.") for other in self.words)
+            if section and (given or not _is_optional(kind) or (word and word.texts[0] == EMPTY_SECTION)):
+                values[name] = self.build(section, prefix=f"{key}.")
+            elif word:
+                values[name] = None if word.is_null and _is_optional(kind) else _convert(word, kind)
+        self._check_complete(config_class, values, prefix)
+        try:
+            return config_class(**values)
+        except ValueError as error:
+            raise ConfigError(self._located(str(error), config_class, prefix)) from None
+
+    def _check_name(self, word: Word) -> None:
+        if word.key not in self.kinds:
+            raise ConfigError(f"{word.origin}: {word.key} is not a setting; {self._suggestion(word.key)}")
+        section = _section(self.kinds[word.key])
+        if section and not word.is_null and word.texts[0] != EMPTY_SECTION:
+            names = ", ".join(field.name for field in fields(section))
+            raise ConfigError(f"{word.origin}: {word.key} is a section, got {word.shown()}; set its fields: {names}")
+
+    def _suggestion(self, key: str) -> str:
+        leaves = [known for known, kind in self.kinds.items() if not _section(kind)]
+        by_last = {known.rpartition(".")[2]: known for known in leaves}
+        close = difflib.get_close_matches(key, leaves, n=1, cutoff=0.75)
+        if not close:
+            close = [by_last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], by_last, n=1)]
+        if close:
+            return f"did you mean {close[0]}?"
+        parent = key.rpartition(".")[0]
+        inside = parent if any(known.startswith(f"{parent}.") for known in leaves) else ""
+        names = [known.rpartition(".")[2] for known in self.kinds if known.rpartition(".")[0] == inside]
+        return f"{inside or 'this stage'} takes {', '.join(names)}"
+
+    def _check_complete(self, config_class: type, values: dict[str, Any], prefix: str) -> None:
+        for field in fields(config_class):
+            if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
+                key = prefix + field.name
+                raise ConfigError(f"{self.source}: {key} must be set; write it in the file or add --{key}=...")
+
+    def _located(self, message: str, config_class: type, prefix: str) -> str:
+        """Put the origin of the field that `message` begins with in front of it.
+
+        A class that serves two sections (OptimizerConfig) knows only one of their names, so the name is set right too.
+        """
+        named = re.match(r"[\w.]+", message)
+        key = named.group() if named else ""
+        name = key.rpartition(".")[2]
+        if prefix and name in {field.name for field in fields(config_class)}:
+            message, key = f"{prefix}{name}{message[len(key) :]}", prefix + name
+        origin = self.words[key].origin if key in self.words else self.source
+        return f"{origin}: {message}"
+
+
+def _fields_below(config_class: type, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted key below a config class with its type, sections included."""
+    for name, kind in get_type_hints(config_class).items():
+        yield prefix + name, kind
+        section = _section(kind)
+        if section:
+            yield from _fields_below(section, prefix=f"{prefix}{name}.")
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that a field of this type holds, or None for a plain value."""
+    bare = _without_none(kind)
+    return bare if isinstance(bare, type) and is_dataclass(bare) else None
+
+
+def _is_optional(kind: Any) -> bool:
+    return type(None) in get_args(kind)
+
+
+def _without_none(kind: Any) -> Any:
+    if not _is_optional(kind):
+        return kind
+    return Union[tuple(arg for arg in get_args(kind) if arg is not type(None))]  # noqa: UP007 (built at run time)
+
+
+def _convert(word: Word, kind: Any) -> Any:
+    """Read the text of a setting as the type of its field."""
+    bare = _without_none(kind)
+    texts = list(word.texts)
+    if word.is_null:
+        raise ConfigError(f"{word.origin}: {word.key} must be {_described(kind)}, got null")
+    if word.is_list and get_origin(bare) is not tuple:
+        raise ConfigError(f"{word.origin}: {word.key} must be {_described(kind)}, got the list {word.shown()}")
+    if bare is bool:
+        texts = [_BOOLS.get(text.lower(), text) for text in texts]
+    spec = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(bare, set()))
+    assert not isinstance(spec, UnsupportedTypeAnnotationError), f"{word.key}: tyro cannot read {bare}"
+    try:
+        if spec.choices is not None and texts[0] not in spec.choices:
+            raise ValueError
+        value = spec.instance_from_str(texts)
+        if bare is float and not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"{word.origin}: {word.key} must be {_described(kind)}, got {word.shown()}") from None
+    # The shell expands `~` only where a word begins with it, and never inside a YAML file.
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def _described(kind: Any) -> str:
+    """A type in words, for messages."""
+    bare = _without_none(kind)
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    if get_origin(bare) is Literal:
+        words = f"one of {', '.join(map(str, get_args(bare)))}"
+    elif get_origin(bare) is tuple:
+        words = f"a list, each item {_described(get_args(bare)[0])}"
+    else:
+        words = plain[bare]
+    return f"{words} or null" if _is_optional(kind) else words
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dicts, paths as text, tuples as lists: what YAML can hold."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _specimen(config_class: type) -> Any:
+    """An instance that lets tyro list the fields of optional sections too; made past all checks, for help only."""
+    instance = object.__new__(config_class)
+    kinds = get_type_hints(config_class)
+    for field in fields(config_class):
+        section = _section(kinds[field.name])
+        if section:
+            value = _specimen(section)
+        elif field.default is not MISSING:
+            value = field.default
+        else:
+            value = tyro.MISSING
+        object.__setattr__(instance, field.name, value)
+    return instance

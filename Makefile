@@ -1,0 +1,60 @@
+# The commands of this project. `make help` lists them.
+
+VENV ?= .venv
+PYTHON ?= python3
+# What is installed as torch. Without a GPU driver the pin takes a CPU build where pip's index offers one; for a chosen
+# CUDA build: make venv TORCH="torch==2.13.0 --index-url URL_OF_THE_BUILD"
+TORCH ?= torch==2.13.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-all lint types golden gpu-check
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+venv: $(VENV)/.installed ## create .venv with this package in it, versions as in constraints.txt
+
+# torch goes first and alone, so that no other package's range decides which build of it comes. The copy of the
+# constraints holds the torch that was installed, which may be another than the pin (TORCH above).
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make venv needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make venv PYTHON=python3.11"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)"; rm -rf $(VENV); exit 1; }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	$(PIP) install --quiet $(TORCH)
+	@{ grep -v '^torch==' constraints.txt; $(PIP) freeze | grep '^torch=='; } > $(VENV)/constraints.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: ## install, then SFT -> DPO -> reward model -> RTO on real data, 2 ranks, CPU
+	@start=$$(date +%s) && $(MAKE) --no-print-directory venv && \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart/run.sh && \
+	  echo "quickstart took $$(( $$(date +%s) - start )) seconds, install included"
+
+test: $(VENV)/.dev ## the suite, without the slow tests
+	$(PY) -m pytest -m "not slow and not gpu"
+
+test-all: $(VENV)/.dev ## the suite with the slow tests
+	$(PY) -m pytest -m "not gpu"
+
+lint: $(VENV)/.dev ## style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev ## type check
+	$(VENV)/bin/pyright
+
+golden: $(VENV)/.installed ## our formulas against the numbers of the paper's own code
+	$(PY) tools/check_golden.py tests/golden
+
+gpu-check: $(VENV)/.dev ## what needs an NVIDIA GPU; VENV may name an environment that has the gpu extra
+	$(PY) -m pytest -m gpu tests/gpu

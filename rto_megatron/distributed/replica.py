@@ -1,0 +1,42 @@
+"""What the ranks of one replica say to each other while it generates.
+
+By process group rather than by Mesh: a model that generates brings its own groups (`model.pg_collection`).
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def gather_over_tensor(x: Tensor, group: ProcessGroup) -> Tensor:
+    """`x` of every tensor rank, stacked in rank order on a new first axis."""
+    parts = x.new_empty(group.size(), *x.shape)
+    dist.all_gather(list(parts.unbind(0)), x.contiguous(), group=group)
+    return parts
+
+
+def send_to_next_stage(hidden: Tensor, group: ProcessGroup) -> None:
+    """Hand hidden states to the next pipeline stage, which must be about to receive them."""
+    dist.send(hidden.contiguous(), group=group, group_dst=group.rank() + 1)
+
+
+def receive_from_previous_stage(
+    shape: tuple[int, ...], group: ProcessGroup, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The hidden states that the previous pipeline stage sends."""
+    hidden = torch.empty(shape, dtype=dtype, device=device)
+    dist.recv(hidden, group=group, group_src=group.rank() - 1)
+    return hidden
+
+
+def share_from_last_stage(
+    x: Tensor | None, group: ProcessGroup, *, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The last pipeline stage's `x`, on every stage; the others pass None."""
+    if group.size() == 1:
+        assert x is not None
+        return x
+    shared = torch.empty(shape, dtype=dtype, device=device) if x is None else x.contiguous()
+    dist.broadcast(shared, group=group, group_src=group.size() - 1)
+    return shared

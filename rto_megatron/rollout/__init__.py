@@ -1,0 +1,1 @@
+"""Responses: sampling, the KV-cache engine, scoring, and the experience that PPO learns from."""

@@ -1,0 +1,108 @@
+"""Attention through the cache equals attention over the whole sequence."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from rto_megatron.rollout.kv_cache import KVCache
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+ANGLES = torch.arange(32.0)[:, None] * torch.tensor([1.0, 0.5, 0.1, 0.01])
+
+
+def make_cache(num_slots=4, num_layers=2):
+    return KVCache(
+        num_layers=num_layers,
+        num_slots=num_slots,
+        max_length=16,
+        num_kv_heads=KV_HEADS,
+        head_dim=DIM,
+        angles=ANGLES,
+        dtype=torch.float32,
+    )
+
+
+def random_sequence(length, seed):
+    """Queries, keys and values [length, heads, d] of one sequence."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(length, heads, DIM, generator=g) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+
+def full_attention(query, key, value):
+    q, k, v = (x.transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(HEADS // KV_HEADS, 0) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+
+
+def packed(sequences, starts, ends):
+    """One tensor each of queries, keys and values: positions start to end of every sequence, side by side."""
+    return [torch.cat([s[i][a:b] for s, a, b in zip(sequences, starts, ends, strict=True)]) for i in range(3)]
+
+
+def decode(cache, sequences, lengths, layer=0, num_rows=None):
+    cache.plan_decode(lengths, num_rows=num_rows or len(lengths))
+    q, k, v = packed(sequences, lengths, [n + 1 for n in lengths])
+    pad = (num_rows or len(lengths)) - len(lengths)
+    return cache.attend(layer, *(F.pad(x, (0, 0, 0, 0, 0, pad), value=float("nan")) for x in (q, k, v)))
+
+
+def prefill(cache, sequences, lengths, layer=0, first_slot=0, pad=0):
+    cache.plan_prefill(lengths, first_slot=first_slot, num_rows=sum(lengths) + pad)
+    q, k, v = packed(sequences, [0] * len(lengths), lengths)
+    return cache.attend(layer, *(F.pad(x, (0, 0, 0, 0, 0, pad), value=float("nan")) for x in (q, k, v)))
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_prefill_then_decode_equals_full_attention(pad):
+    lengths = [3, 3, 5]
+    sequences = [random_sequence(12, seed) for seed in range(3)]
+    want = [full_attention(*s) for s in sequences]
+    cache = make_cache()
+    out = prefill(cache, sequences, lengths, pad=pad)
+    assert torch.equal(out[11:], torch.zeros(pad, HEADS * DIM))  # padding rows give 0, whatever is in them
+    for s, first, n in zip(range(3), [0, 3, 6], lengths, strict=True):
+        torch.testing.assert_close(out[first : first + n], want[s][:n])
+    for step in range(5):
+        out = decode(cache, sequences, [n + step for n in lengths], num_rows=3 + pad)
+        torch.testing.assert_close(out[:3], torch.stack([want[s][n + step] for s, n in enumerate(lengths)]))
+        assert torch.equal(out[3:], torch.zeros(pad, HEADS * DIM))
+
+
+def test_layers_do_not_share_their_cache():
+    a, b = random_sequence(4, 0), random_sequence(4, 1)
+    cache = make_cache()
+    prefill(cache, [a], [3], layer=0)
+    prefill(cache, [b], [3], layer=1)
+    torch.testing.assert_close(decode(cache, [a], [3], layer=0)[0], full_attention(*a)[3])
+    torch.testing.assert_close(decode(cache, [b], [3], layer=1)[0], full_attention(*b)[3])
+
+
+def test_a_sequence_admitted_later_and_one_moved_into_a_hole_go_on_as_if_alone():
+    a, b, c = (random_sequence(8, seed) for seed in range(3))
+    cache = make_cache(num_slots=3)
+    prefill(cache, [a, b], [2, 6])
+    prefill(cache, [c], [4], first_slot=2)
+    cache.move(2, 0, 4)  # `a` has ended: slot 0 goes to `c`, with keys of `a` no longer in the way
+    out = decode(cache, [c, b], [4, 6])
+    torch.testing.assert_close(out, torch.stack([full_attention(*c)[4], full_attention(*b)[6]]))
+
+
+def test_a_slot_that_held_a_longer_sequence_hides_its_rest():
+    long, short, mate = random_sequence(10, 0), random_sequence(4, 1), random_sequence(10, 2)
+    cache = make_cache(num_slots=2)
+    prefill(cache, [long, mate], [9, 9])
+    prefill(cache, [short], [2])
+    out = decode(cache, [short, mate], [2, 9])
+    torch.testing.assert_close(out[0], full_attention(*short)[2])
+
+
+def test_positions_and_rotations_are_those_of_each_row():
+    cache = make_cache()
+    positions = cache.plan_prefill([3, 1, 2], first_slot=0, num_rows=8)
+    assert positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
+    assert cache.cos.shape == (8, 1, DIM)
+    assert not cache.is_decode_only()
+    positions = cache.plan_decode([3, 7], num_rows=4)
+    assert positions.tolist() == [3, 7, 0, 0]
+    torch.testing.assert_close(cache.sin[1, 0], torch.cat((ANGLES[7], ANGLES[7])).sin())
+    assert cache.is_decode_only()

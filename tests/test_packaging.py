@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 def setup(monkeypatch):
     """The arguments that setup.py gives to setuptools."""
     given = {}
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
     runpy.run_path(str(ROOT / "setup.py"))
     return given

@@ -1,0 +1,1 @@
+"""From files of text to padded token ids: tokenizers, chat templates, readers, collation, row order."""

@@ -1,0 +1,64 @@
+"""A source's name -> its raw rows: JSON lines, or whatever the `datasets` library opens."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rto_megatron.data.rows import Row
+from rto_megatron.errors import DataError
+
+_LOADERS = {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
+"""Single files that the `datasets` library reads, by suffix."""
+
+
+def open_source(source: str) -> Iterator[Row]:
+    """Yield the rows of a `.jsonl` file, another data file or folder, or `name[:split]` of the hub."""
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        yield from _json_lines(path)
+    elif path.suffix in _LOADERS:
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such data file; paths are relative to the working directory")
+        yield from _data_set(source, name=_LOADERS[path.suffix], files=str(path), split="train")
+    else:
+        name, _, split = source.partition(":")
+        yield from _data_set(source, name=name, files=None, split=split or "train")
+
+
+def _json_lines(path: Path) -> Iterator[Row]:
+    try:
+        # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows inside a string.
+        with path.open(encoding="utf-8", newline="\n") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield Row(_json_object(line, f"{path}:{number}"), f"{path}:{number}")
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such data file; paths are relative to the working directory") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: must be a readable UTF-8 file of JSON lines, got: {error}") from None
+
+
+def _json_object(line: str, place: str) -> dict:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{place}: must be one JSON object, but column {error.colno} breaks it: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: must be one JSON object, found a {type(value).__name__}")
+    return value
+
+
+def _data_set(source: str, *, name: str, files: str | None, split: str) -> Iterator[Row]:
+    # Seconds to import, and only for who asks for it.
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, data_files=files, split=split)
+    except Exception as error:  # the library raises whatever its readers and the hub raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise DataError(
+            f"data source '{source}': must be a .jsonl file, a data file or folder, or a data set's name[:split]; "
+            f"the `datasets` library says: {reason}"
+        ) from None
+    for number, values in enumerate(data):
+        yield Row(values, f"{source} row {number}")

@@ -18,7 +18,9 @@ RUN python3 -m venv "$VIRTUAL_ENV"
 # The slow layers first: a change of our code builds none of them again.
 WORKDIR /opt/rto_megatron
 COPY constraints.txt .
-RUN pip install ${TORCH} && pip install -c constraints.txt setuptools wheel ninja packaging pybind11
+RUN pip install ${TORCH} \
+ && { grep -v '^torch==' constraints.txt; pip freeze | grep '^torch=='; } > /opt/constraints.txt \
+ && pip install -c /opt/constraints.txt setuptools wheel ninja packaging pybind11
 RUN pip install --no-build-isolation "transformer-engine[${TE_EXTRAS}]"
 RUN if [ -n "${APEX_REF}" ]; then \
       git clone --filter=blob:none https://github.com/NVIDIA/apex /tmp/apex \
@@ -27,7 +29,7 @@ RUN if [ -n "${APEX_REF}" ]; then \
       && rm -rf /tmp/apex; \
     fi
 COPY . .
-RUN pip install -c constraints.txt -e .
+RUN pip install -c /opt/constraints.txt -e .
 
 RUN useradd --create-home trainer
 USER trainer

@@ -23,8 +23,8 @@ venv: $(VENV)/.installed ## create .venv with this package in it, versions as in
 $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make venv needs Python 3.11 or newer, and '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make venv PYTHON=python3.11"; exit 1; }
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { \
-	  echo "$(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)"; rm -rf $(VENV); exit 1; }
+	@$(PIP) --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV) || { \
+	  echo "$(PYTHON) cannot create virtual environments; install its venv module (Debian: python3-venv)"; exit 1; }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	$(PIP) install --quiet $(TORCH)
 	@{ grep -v '^torch==' constraints.txt; $(PIP) freeze | grep '^torch=='; } > $(VENV)/constraints.txt
@@ -51,7 +51,7 @@ lint: $(VENV)/.dev ## style and format
 	$(VENV)/bin/ruff format --check .
 
 types: $(VENV)/.dev ## type check
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 golden: $(VENV)/.installed ## our formulas against the numbers of the paper's own code
 	$(PY) tools/check_golden.py tests/golden

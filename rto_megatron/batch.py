@@ -33,17 +33,26 @@ class _Rows:
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
-    def rows(self, index: Tensor | Sequence[int]) -> Self:
-        """The rows at `index`, cut to the longest of them."""
+    def rows(self, index: Tensor | Sequence[int], *, multiple: int = 1) -> Self:
+        """The rows at `index`, as wide as the longest of them, rounded up to a multiple."""
         index = torch.as_tensor(index, dtype=torch.long)
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self)}  # type: ignore[arg-type]
-        width = max(2, int(picked["num_tokens"].max())) if len(index) else 2
-        return replace(self, **{k: v[:, :width] if v.dim() == 2 else v for k, v in picked.items()})  # type: ignore[type-var]
+        longest = max(2, int(picked["num_tokens"].max())) if len(index) else 2
+        width = -(-longest // multiple) * multiple
+        return replace(self, **{k: _to_width(v, width) if v.dim() == 2 else v for k, v in picked.items()})  # type: ignore
+
+    def to(self, device: torch.device) -> Self:
+        """The same rows on another device."""
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})  # type: ignore
 
 
 def pad_columns(x: Tensor, width: int) -> Tensor:
     """Append zero columns (False for masks) until `x` [B, T] has `width` of them."""
     return F.pad(x, (0, width - x.shape[1]))
+
+
+def _to_width(x: Tensor, width: int) -> Tensor:
+    return x[:, :width] if x.shape[1] >= width else pad_columns(x, width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +110,14 @@ class PreferenceBatch(_Rows):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DPOBatch(PreferenceBatch):
+    """Pairs with what the reference says of them."""
+
+    ref_log_probs: Tensor
+    """[2P] nats: log-prob of each whole response under the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rollout(_Rows):
     """Sampled responses."""
 
@@ -122,8 +139,12 @@ class Signals(_Rows):
 
     tokens: Tensor
     """[B, T] int64, the rollout's."""
+    num_tokens: Tensor
+    """[B] int64: tokens before the padding."""
     policy_log_probs: Tensor
     """[B, T] nats, under the policy that sampled (the training forward)."""
+    entropies: Tensor
+    """[B, T] nats, of the same policy's distribution over the token."""
     ref_log_probs: Tensor
     """[B, T] nats, under the frozen SFT model."""
     dpo_log_probs: Tensor

@@ -1,0 +1,97 @@
+"""A model made trainable: Megatron's DDP and optimizer around it, and a step that refuses NaN."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model with gradients and an optimizer; frozen roles are plain models."""
+
+    name: str
+    """Role, for messages."""
+    model: MegatronModule
+    """The model itself, for scoring, generation and checkpoints."""
+    ddp: DistributedDataParallel
+    """The same model, its gradients summed over data-parallel ranks."""
+    optimizer: MegatronOptimizer
+
+    def zero_grad(self) -> None:
+        """Forget gradients: both calls, or those of the plain float32 optimizer double."""
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def step(self, lr: float) -> float:
+        """Clip, update with this learning rate, and return the gradient norm over all ranks.
+
+        Raises:
+            UserError: the gradient is not finite. Megatron's own step would write NaN into the weights.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_mult", 1.0)
+            group["weight_decay"] = self.optimizer.config.weight_decay * group.get("wd_mult", 1.0)
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())  # global, so all ranks take the same way from here
+        if not math.isfinite(norm):
+            raise UserError(
+                f"{self.name}: the gradient norm is {norm}, so no step was taken; "
+                "lower the learning rate, or look at the rewards and values of this step"
+            )
+        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            parameters = part.get_parameters()
+            if parameters and part.config.clip_grad > 0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+        self.optimizer.step_with_ready_grads()
+        return norm
+
+
+def make_trainable(name: str, model: MegatronModule, config: OptimizerConfig, mesh: Mesh) -> Trainable:
+    """Wrap a model for training; its weights must be loaded before, for the optimizer copies them."""
+    megatron = model.config
+    ddp = DistributedDataParallel(
+        megatron,
+        DistributedDataParallelConfig(use_distributed_optimizer=config.distributed, grad_reduce_in_fp32=True),
+        model,
+        pg_collection=mesh.groups,
+    )
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            adam_beta1=config.beta1,
+            adam_beta2=config.beta2,
+            adam_eps=config.eps,
+            clip_grad=config.clip_grad,
+            use_distributed_optimizer=config.distributed,
+            bf16=megatron.bf16,
+            params_dtype=megatron.params_dtype,
+        ),
+        [ddp],
+        use_gloo_process_groups=False,
+    )
+    megatron.no_sync_func = ddp.no_sync
+    megatron.finalize_model_grads_func = _finalize
+    return Trainable(name, model, ddp, optimizer)
+
+
+def _finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+    """Megatron's reductions without its division: our losses are divided by their count beforehand."""
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,1 @@
+"""GPT models from config, scalar heads, and Hugging Face weights."""

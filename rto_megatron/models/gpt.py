@@ -1,0 +1,204 @@
+"""A Megatron GPT from a ModelConfig: the policy, with log-probs as output."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor
+from torch.nn import functional as F
+
+from rto_megatron.config.model import ModelConfig, RopeScaling
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.distributed.log_probs import linear_log_probs
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.models.attention import CachedSelfAttention, CausalAttention
+from rto_megatron.models.heads import ScalarHead, ScalarModel
+from rto_megatron.models.weights import initialize
+
+Kind = Literal["policy", "value"]
+"""A policy scores tokens; a value model (critic, reward model) gives one number a token."""
+
+
+class PolicyModel(GPTModel):
+    """A GPT whose forward gives log-probs and entropies of response tokens, never their logits."""
+
+    true_vocab: int
+    """Ids from here on are padding of the vocabulary."""
+    temperature: float
+    log_prob_chunk: int
+
+    def _postprocess(self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any) -> Tensor:
+        """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
+
+        Only positions that predict a token of `loss_mask` [B, T] go through the output layer.
+        """
+        if not self.post_process or loss_mask is None:
+            return super()._postprocess(hidden_states=hidden_states, input_ids=input_ids, loss_mask=loss_mask, **rest)
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        # the one shift between logits and tokens on the Megatron path: column t is predicted by t - 1
+        predicted = loss_mask[:, 1:]
+        scored = linear_log_probs(
+            hidden[:-1].transpose(0, 1)[predicted],
+            self.output_weight(),
+            input_ids[:, 1:][predicted],
+            group=group,
+            vocab_size=self.true_vocab,
+            temperature=self.temperature,
+            chunk=self.log_prob_chunk,
+        )
+        out = hidden.new_zeros(*predicted.shape, 2, dtype=torch.float32)
+        return F.pad(out.index_put(predicted.nonzero(as_tuple=True), scored), (0, 0, 1, 0))
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows of the output layer, [padded vocabulary / tensor ranks, hidden]."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_model(
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    kind: Kind,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> PolicyModel | ScalarModel:
+    """This rank's part of a model with fresh weights, the same in every layout for the same seed.
+
+    Raises:
+        ConfigError: the layout does not divide the model.
+    """
+    parallel.check_model(config)
+    megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute)
+    model = {"policy": PolicyModel, "value": ScalarModel}[kind](
+        megatron_config,
+        _layer_spec(config, mesh),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_length,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        share_embeddings_and_output_weights=config.tie_embeddings and kind == "policy",
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        pg_collection=mesh.groups,
+    )
+    model.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
+    model.true_vocab, model.max_length = config.vocab_size, config.max_length
+    if isinstance(model, PolicyModel):
+        model.temperature, model.log_prob_chunk = temperature, compute.log_prob_chunk
+    initialize(model, config, seed=seed)
+    return model.to(mesh.device)
+
+
+def transformer_config(
+    config: ModelConfig, mesh: Mesh, *, parallel: ParallelConfig, compute: ComputeConfig
+) -> TransformerConfig:
+    """Megatron's view of the architecture, the layout and the arithmetic."""
+    dtype = getattr(torch, compute.dtype)
+    recompute: dict[str, Any] = {}
+    if compute.recompute == "selective":
+        recompute = {"recompute_granularity": "selective"}
+    elif compute.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.ffn_hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        num_query_groups=config.num_query_groups,
+        kv_channels=config.kv_channels,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
+        qk_layernorm=config.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=compute.dtype == "bfloat16",
+        tensor_model_parallel_size=mesh.tensor.size,
+        pipeline_model_parallel_size=mesh.pipeline.size,
+        sequence_parallel=parallel.sequence,
+        # our losses are divided by their count beforehand: gradients are summed, never averaged
+        calculate_per_token_loss=True,
+        # microbatches are as wide as their own longest row
+        variable_seq_lengths=mesh.pipeline.size > 1,
+        moe_token_dispatcher_type="alltoall",  # there are no experts, yet the other choice forbids the line above
+        # Megatron draws from a different stream in each layout; `initialize` does not
+        use_cpu_initialization=mesh.device.type == "cpu",
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        **recompute,
+    )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """The norm of the local layer spec: Megatron 0.16's refuses sequence parallelism and ignores params_dtype."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        # read by finalize_model_grads, which sums such gradients over the tensor ranks
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _layer_spec(config: ModelConfig, mesh: Mesh) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
+    if mesh.runtime.has_transformer_engine:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
+        spec.submodules.self_attention.module = CachedSelfAttention
+        return spec
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_norm)
+    layer, attention = spec.submodules, spec.submodules.self_attention
+    attention.module, attention.submodules.core_attention = CachedSelfAttention, CausalAttention
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if config.qk_norm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules([spec] * (config.num_layers // mesh.pipeline.size), RMSNorm)
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """[head_dim / 2] radians per position of each rotary pair, scaling applied.
+
+    Set on the model from here, because Megatron 0.16 hard-codes three of the four llama3 constants.
+    """
+    dim = config.kv_channels
+    frequencies = 1.0 / config.rope_theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    return frequencies if config.rope_scaling is None else _scale_frequencies(frequencies, config.rope_scaling)
+
+
+def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """`linear`: f / factor. `llama3`: that for slow pairs, f for fast ones, a blend between (Llama 3.1 model card)."""
+    slow = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)
+    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * slow + blend * frequencies
+
+
+__all__ = ["Kind", "PolicyModel", "ScalarHead", "ScalarModel", "build_model", "rope_frequencies", "transformer_config"]

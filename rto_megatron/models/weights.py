@@ -1,0 +1,104 @@
+"""Weights by their global names: which piece of which tensor a rank holds, whatever the layout.
+
+The names are those of the checkpoint, which are the same for local and Transformer Engine layers.
+Fresh weights, Hugging Face conversion and comparison between layouts all go through here.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from rto_megatron.config.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's piece of one weight."""
+
+    key: str
+    """Name in the checkpoint, with `{i}` for the layer."""
+    layer: int | None
+    offset: tuple[int, ...]
+    """Where the piece begins in the full tensor."""
+    full_shape: tuple[int, ...]
+    data: Tensor
+    """View of the live parameter."""
+    is_main: bool
+    """Whether this rank, of those that hold the same piece, is the one to write it."""
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """Indices of the piece in the full tensor."""
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape))
+
+    @property
+    def name(self) -> str:
+        """Name with the layer filled in."""
+        return self.key.format(i=self.layer)
+
+
+def shards(model: MegatronModule) -> Iterator[Shard]:
+    """All pieces that this rank holds, in the model's own order."""
+    state = model.sharded_state_dict()
+    for value in state.values():
+        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+            value.data = value.data.detach()  # a factory's pieces are views only of a detached tensor
+    apply_factories(state)
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor):
+            yield _shard(tensor)
+
+
+def _shard(tensor: ShardedTensor) -> Shard:
+    key, layer, skip = tensor.key, None, tensor.prepend_axis_num
+    if named := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", key):
+        layer, key = int(named[1]), "decoder.layers.{i}." + named[2]
+    elif key.startswith("decoder.layers."):  # all layers under one name, the layer as first axis
+        layer, key = tensor.global_offset[0], "decoder.layers.{i}." + key.removeprefix("decoder.layers.")
+    replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
+    return Shard(
+        key=key,
+        layer=layer,
+        offset=tuple(tensor.global_offset[skip:]),
+        full_shape=tuple(tensor.global_shape[skip:]),
+        data=tensor.data,
+        is_main=not any(replica),
+    )
+
+
+@torch.no_grad()
+def initialize(model: MegatronModule, config: ModelConfig, *, seed: int) -> None:
+    """Fill with fresh weights: normal, std `init_std`, narrower by sqrt(2 layers) where a layer adds to the residual.
+
+    Each weight has a random stream of its own, keyed by seed and name, so that a seed means the same
+    model in every layout. Norms are 1, biases and the vocabulary's padding 0.
+    """
+    for shard in shards(model):
+        shard.data.copy_(fresh_weight(shard.name, shard.full_shape, config, seed=seed)[shard.slices])
+
+
+def fresh_weight(name: str, shape: tuple[int, ...], config: ModelConfig, *, seed: int) -> Tensor:
+    """One full tensor of `initialize`, float32."""
+    if "norm" in name:
+        return torch.ones(shape)
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    std = config.init_std
+    if name.startswith("value_head"):
+        std = 1 / (config.hidden_size + 1)  # scores start near 0, as in the released code
+    elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        std = config.init_std / math.sqrt(2 * config.num_layers)
+    key = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    weight = torch.empty(shape).normal_(0, std, generator=generator)
+    if name.startswith(("embedding", "output_layer")):
+        weight[config.vocab_size :] = 0
+    return weight

@@ -1,0 +1,101 @@
+"""What ranks tell each other, by meaning. Every function takes any strides and returns a new tensor on every rank.
+
+All ranks of the group must make the same calls in the same order.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rto_megatron.distributed.mesh import Mesh
+
+
+def sum_over_data(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over the data ranks, elementwise; any shape, the same on each of them."""
+    total = _own_copy(x)
+    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=mesh.data.group)
+    return total
+
+
+def max_over_data(value: int, mesh: Mesh) -> int:
+    """Largest value over the data ranks."""
+    largest = torch.tensor([value], dtype=torch.int64, device=mesh.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.data.group)
+    return int(largest.item())
+
+
+def sum_in_rank_order(x: Tensor, mesh: Mesh) -> Tensor:
+    """Sum over the data ranks, added from rank 0 up: the same bits on every rank and in every run.
+
+    An all-reduce may add in another order from one library version, size or network to the next.
+    """
+    parts = _gather(x, mesh)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def gather_over_data(x: Tensor, mesh: Mesh) -> Tensor:
+    """[B_local, ...] of each data rank -> [B_local * data ranks, ...] in rank order; all ranks bring the same shape."""
+    return torch.cat(_gather(x, mesh))
+
+
+def from_last_stage(x: Tensor | None, mesh: Mesh, *, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What the last pipeline stage computed, on all stages of its pipeline.
+
+    Args:
+        x: [*shape] on the last stage; ignored on the others, which may bring None.
+        shape: known to every stage beforehand.
+        dtype: known likewise.
+    """
+    if mesh.is_last_stage:
+        assert x is not None and tuple(x.shape) == tuple(shape) and x.dtype == dtype, (
+            f"the last stage brought {None if x is None else (tuple(x.shape), x.dtype)}, agreed was {(tuple(shape), dtype)}"
+        )
+        received = _own_copy(x)
+    else:
+        received = torch.empty(tuple(shape), dtype=dtype, device=mesh.device)
+    dist.broadcast(received, group=mesh.pipeline.group, group_src=mesh.pipeline.size - 1)
+    return received
+
+
+def agree(ok: bool, mesh: Mesh) -> bool:
+    """Whether all ranks of the world say yes; for "did the write succeed", where one rank alone may fail."""
+    answer = torch.tensor([int(ok)], dtype=torch.int32, device=mesh.device)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer.item())
+
+
+def gather_objects(obj: Any) -> list[Any]:
+    """One small picklable object of each rank of the world, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, obj)
+    return gathered
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """The small picklable object of global rank `src`, on every rank of the world; others may bring anything."""
+    holder = [obj]
+    dist.broadcast_object_list(holder, src=src)
+    return holder[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks of the world."""
+    dist.barrier()
+
+
+def _own_copy(x: Tensor) -> Tensor:
+    # Contiguous: gloo gives wrong numbers for other strides. A copy: the caller's tensor is not written to.
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _gather(x: Tensor, mesh: Mesh) -> list[Tensor]:
+    own = _own_copy(x)
+    parts = [torch.empty_like(own) for _ in range(mesh.data.size)]
+    dist.all_gather(parts, own, group=mesh.data.group)
+    return parts

@@ -1,0 +1,135 @@
+"""Where the process runs: CPU with gloo, or CUDA with NCCL; decided here and nowhere else.
+
+Importing this module starts nothing. A command calls `prepare_imports` before it imports anything of Megatron, then
+`start_runtime`, then builds its mesh.
+"""
+
+import importlib
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+import torch
+import torch.distributed as dist
+
+from rto_megatron.distributed import cpu
+from rto_megatron.errors import ConfigError, UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others before it gives up; a checkpoint on a slow disk takes minutes."""
+
+QUIET_WARNINGS = (
+    ("Transformer Engine and Apex are not installed", "the CPU adapter or Transformer Engine brings the optimizer"),
+    ("Apex is not installed", "we bring our own norm"),
+)
+"""(start of a third party's warning, why a user need not read it)."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The device of this rank and the libraries that it may use."""
+
+    device: torch.device
+    backend: str
+    """Of torch.distributed: gloo or nccl."""
+    has_transformer_engine: bool
+    """Whether layers come from Transformer Engine; else from Megatron's own and torch."""
+
+
+def rank() -> int:
+    """Global rank of this process; 0 without torchrun. Known before `start_runtime`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes that torchrun started; 1 without it. Known before `start_runtime`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the rank that talks to the user and writes the shared files."""
+    return rank() == 0
+
+
+def prepare_imports() -> None:
+    """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras."""
+    check_transformer_engine()
+    for start, _why in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message=start)
+
+
+def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
+    """Choose the device, join the other ranks, and make Megatron ready for both; a second call returns the same.
+
+    Args:
+        threads: CPU threads of this rank.
+        timeout: how long a collective waits for the other ranks before it raises.
+    """
+    global _running
+    if _running is not None:
+        return _running
+    prepare_imports()
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        runtime = Runtime(_take_gpu(), "nccl", check_transformer_engine())
+    else:
+        cpu.install()
+        runtime = Runtime(cpu.CPU, "gloo", False)
+    _join(runtime.backend, timeout)
+    _running = runtime
+    return runtime
+
+
+def stop_runtime() -> None:
+    """Leave the other ranks; call it where a run ends well, not on the way out of an error."""
+    global _running
+    if _running is not None:
+        _running = None
+        dist.destroy_process_group()
+
+
+_running: Runtime | None = None
+
+
+def _take_gpu() -> torch.device:
+    local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise ConfigError(
+            f"each rank needs a GPU of its own, got local rank {local_rank} on a machine with {num_gpus}; "
+            f"start with torchrun --nproc-per-node={num_gpus}, or set CUDA_VISIBLE_DEVICES= to run on CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+@cache
+def check_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported; UserError where it is installed but cannot.
+
+    A broken one, or the folder that uninstalling left behind, breaks `import megatron.core` itself.
+    """
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None:
+        return False
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:
+        places = ", ".join(spec.submodule_search_locations or [str(spec.origin)])
+        raise UserError(
+            f"{places}: transformer-engine is installed but cannot be imported, which breaks megatron-core too "
+            f"({type(error).__name__}: {error}); run 'pip uninstall transformer-engine transformer-engine-torch "
+            f"transformer-engine-cu12 transformer-engine-cu13' and delete that folder, or install a build for this "
+            f"torch ({torch.__version__})"
+        ) from error
+    return True

@@ -1,6 +1,6 @@
 """Train a sentencepiece tokenizer with our chat symbols on the text of JSONL files.
 
-    python tools/train_tokenizer.py --data a.jsonl b.jsonl --out tokenizer.model --vocab-size 2048
+    python tools/train_tokenizer.py --data a.jsonl b.jsonl --out tokenizer.model --vocab-size=2048
 
 The same files and size give the same bytes.
 """
@@ -60,11 +60,10 @@ def texts_of(paths: tuple[Path, ...]) -> Iterator[str]:
     """Every text of the rows, in file order, each distinct one once."""
     seen: set[str] = set()
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            for text in _texts(json.loads(line)):
-                if text not in seen:
-                    seen.add(text)
-                    yield text
+        with path.open(encoding="utf-8") as lines:
+            for text in (text for line in lines for text in _texts(json.loads(line)) if text not in seen):
+                seen.add(text)
+                yield text
 
 
 def _texts(row: dict[str, Any]) -> Iterator[str]:

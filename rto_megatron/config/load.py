@@ -1,8 +1,8 @@
 """From words to the frozen config of a stage, with one clear message for whatever does not fit.
 
 A YAML file is saved command-line words: the file's words come first, the user's after, and the later one wins.
-tyro says how a text becomes the type of a field, and prints the help. Names and sections are matched here rather than by
-`tyro.cli`, which answers a mistake with a box and an exit, and cannot say which line of which file it came from.
+tyro says how a text becomes the type of a field, and prints the help. Names and sections are matched here rather than
+by `tyro.cli`, which answers a mistake with a box and an exit, and cannot say which line of which file it came from.
 """
 
 import difflib

@@ -53,9 +53,8 @@ def from_last_stage(x: Tensor | None, mesh: Mesh, *, shape: Sequence[int], dtype
         dtype: known likewise.
     """
     if mesh.is_last_stage:
-        assert x is not None and tuple(x.shape) == tuple(shape) and x.dtype == dtype, (
-            f"the last stage brought {None if x is None else (tuple(x.shape), x.dtype)}, agreed was {(tuple(shape), dtype)}"
-        )
+        assert x is not None, "the last stage must bring its tensor"
+        assert (tuple(x.shape), x.dtype) == (tuple(shape), dtype), f"got {x.shape} {x.dtype}, agreed {shape} {dtype}"
         received = _own_copy(x)
     else:
         received = torch.empty(tuple(shape), dtype=dtype, device=mesh.device)
@@ -82,6 +81,23 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     holder = [obj]
     dist.broadcast_object_list(holder, src=src)
     return holder[0]
+
+
+def bring_to_main(
+    x: Tensor | None, *, owner: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """The tensor of global rank `owner` on rank 0; None on all others, which need not call."""
+    me = dist.get_rank()
+    if me == owner:
+        assert x is not None and tuple(x.shape) == tuple(shape), "the owner must bring the tensor"
+        if me == 0:
+            return _own_copy(x)
+        dist.send(_own_copy(x), dst=0)
+    elif me == 0:
+        received = torch.empty(tuple(shape), dtype=dtype, device=device)
+        dist.recv(received, src=owner)
+        return received
+    return None
 
 
 def barrier() -> None:

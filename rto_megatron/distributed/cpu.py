@@ -2,8 +2,8 @@
 
 Megatron asks for CUDA in five ways: `torch.cuda` calls, 'cuda' written as a device, types compared with CUDA's names,
 CUDA random states, and an Adam that only CUDA libraries bring. `PATCHES` lists every name that is replaced, the line of
-megatron-core 0.16.1 that it is for, and why. Where a name is torch's and everybody's, the replacement either stands for a
-call that could only raise here, or answers Megatron alone: other code in the process keeps torch as it knows it.
+megatron-core 0.16.1 that it is for, and why. Where a name is torch's and everybody's, the replacement either stands for
+a call that could only raise here, or answers Megatron alone: other code in the process keeps torch as it knows it.
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
+
+from rto_megatron.distributed.adam import FusedAdam
 
 CPU = torch.device("cpu")
 
@@ -168,71 +169,6 @@ def _type_for_megatron(torch_type: Callable[..., Any]) -> Callable[..., Any]:
     return type_
 
 
-# --- Adam ----------------------------------------------------------------------------------------------------------
-
-
-class FusedAdam(torch.optim.Optimizer):
-    """Adam with the contract of apex's and Transformer Engine's: 'step' in the param group, two moments a parameter.
-
-    Megatron's own fallback, torch's AdamW, keeps 'step' per parameter: it trains, but `DistributedOptimizer` cannot
-    write or read it. With this class an optimizer checkpoint looks the same from CPU and from CUDA.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        adam_w_mode: bool = True,
-        **unsupported: Any,
-    ) -> None:
-        # 0.19 passes capturable=False: the CUDA-graph variant, which has no meaning here.
-        refused = {name: value for name, value in unsupported.items() if not (name == "capturable" and not value)}
-        if refused:
-            raise ValueError(f"Adam without CUDA does not take {refused}; leave them at their defaults")
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.decoupled = adam_w_mode
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        """One update of every parameter that has a gradient."""
-        assert closure is None
-        for group in self.param_groups:
-            # An empty group keeps no step, as in Transformer Engine: Megatron aligns the groups itself.
-            if group["params"]:
-                group["step"] = int(group.get("step", 0)) + 1
-                self._step_group(group)
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        # Megatron hands over empty slices where another rank owns the whole parameter.
-        params = [param for param in group["params"] if param.grad is not None and param.numel()]
-        for param in params:
-            if not self.state[param]:
-                self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
-        if not params:
-            return
-        adam(
-            params,
-            [param.grad for param in params],
-            [self.state[param]["exp_avg"] for param in params],
-            [self.state[param]["exp_avg_sq"] for param in params],
-            [],
-            # torch counts up before it uses the step.
-            [torch.tensor(group["step"] - 1.0) for _ in params],
-            fused=True,
-            amsgrad=False,
-            maximize=False,
-            decoupled_weight_decay=self.decoupled,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-        )
-
-
 # --- gloo ----------------------------------------------------------------------------------------------------------
 
 
@@ -245,8 +181,8 @@ def _contiguous_only(collective: Callable[..., Any]) -> Callable[..., Any]:
         for each in (tensor, *scattered):
             if not each.is_contiguous():
                 raise RuntimeError(
-                    f"torch.distributed.{collective.__name__} got a non-contiguous tensor of shape {tuple(each.shape)}, "
-                    f"strides {each.stride()}; gloo would give wrong numbers: pass tensor.contiguous()"
+                    f"torch.distributed.{collective.__name__} got a non-contiguous tensor, shape {tuple(each.shape)} "
+                    f"and strides {each.stride()}; gloo would give wrong numbers: pass tensor.contiguous()"
                 )
         return collective(tensor, *args, **kwargs)
 

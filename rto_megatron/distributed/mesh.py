@@ -77,7 +77,10 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
 
 
 def seed_streams(seed: int, mesh: Mesh) -> None:
-    """Seed torch's generator and Megatron's (dropout, weights): stages differ, data ranks agree, tensor ranks by stream."""
+    """Seed the generators of dropout and of weights that Megatron draws itself.
+
+    Data ranks agree and stages differ; tensor ranks agree in the default stream and differ in the model-parallel one.
+    """
     # As Megatron's own training does it: the stride keeps stages clear of the tensor ranks' offsets.
     stage_seed = seed + 100 * mesh.pipeline.rank
     torch.manual_seed(stage_seed)

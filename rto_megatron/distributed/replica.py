@@ -16,6 +16,12 @@ def gather_over_tensor(x: Tensor, group: ProcessGroup) -> Tensor:
     return parts
 
 
+def sum_over_tensor(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum of `x` over the tensor ranks; `x` itself is overwritten with it."""
+    dist.all_reduce(x, group=group)
+    return x
+
+
 def send_to_next_stage(hidden: Tensor, group: ProcessGroup) -> None:
     """Hand hidden states to the next pipeline stage, which must be about to receive them."""
     dist.send(hidden.contiguous(), group=group, group_dst=group.rank() + 1)

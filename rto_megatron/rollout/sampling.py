@@ -31,19 +31,18 @@ class Rows:
     """[B] int64: the random stream of the row's sequence."""
     indices: Tensor
     """[B] int64: 0 for the first token of the response, and so on; the place in the stream."""
-    temperatures: Tensor
-    """[B] float32; 0 is greedy."""
+    temperatures: tuple[float, ...]
+    """Divides the logits; 0 is greedy."""
     top_k: tuple[int, ...]
     """Sample among this many likeliest tokens; 0 among all."""
     top_p: tuple[float, ...]
     """Sample among the likeliest tokens that hold this share of the probability; 1 among all."""
-    any_random: bool
-    """False where every row is greedy, so that no noise is made."""
 
     @property
     def filtered(self) -> list[int]:
         """Rows that need top-k or top-p."""
-        return [i for i, (k, p) in enumerate(zip(self.top_k, self.top_p, strict=True)) if k > 0 or p < 1]
+        settings = zip(self.temperatures, self.top_k, self.top_p, strict=True)
+        return [i for i, (t, k, p) in enumerate(settings) if t > 0 and (k > 0 or p < 1)]
 
 
 def sample(
@@ -63,15 +62,16 @@ def sample(
         (tempered, filtered, without the banned ids). A greedy row's log-prob is at temperature 1, without
         filters: that of a point mass would always be 0. Both are equal on all ranks of the group.
     """
-    greedy = rows.temperatures == 0
-    z = logits / torch.where(greedy, 1.0, rows.temperatures)[:, None]
+    z = logits / torch.tensor([[t or 1.0] for t in rows.temperatures], device=logits.device)
     z.index_fill_(1, banned, -torch.inf)
-    if rows.filtered:
-        _keep_likeliest(z, rows, group)
+    _keep_likeliest(z, rows, group)
+    greedy = [i for i, t in enumerate(rows.temperatures) if t == 0]
     scores = z
-    if rows.any_random:
+    if len(greedy) < len(z):
         noise = gumbel(rows.seeds, rows.indices, first_id=first_id, num_ids=z.shape[1])
-        scores = noise.masked_fill_(greedy[:, None], 0.0).add_(z)
+        if greedy:
+            noise[greedy] = 0.0
+        scores = noise.add_(z)
     best, column = scores.max(-1)
     # float64 because token ids travel with the scores, exactly.
     shard = torch.stack((best, column + first_id, z.gather(1, column[:, None])[:, 0], z.logsumexp(-1))).double()
@@ -89,7 +89,7 @@ def _keep_likeliest(z: Tensor, rows: Rows, group: ProcessGroup) -> None:
 
     Gathers the vocabulary of the rows that are filtered: rare in training, where neither is on.
     """
-    index = [i for i in rows.filtered if rows.temperatures[i] > 0]
+    index = rows.filtered
     if not index:
         return
     picked = z[index]

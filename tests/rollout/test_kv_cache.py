@@ -1,6 +1,5 @@
 """Attention through the cache equals attention over the whole sequence."""
 
-import pytest
 import torch
 from torch.nn import functional as F
 
@@ -39,33 +38,31 @@ def packed(sequences, starts, ends):
     return [torch.cat([s[i][a:b] for s, a, b in zip(sequences, starts, ends, strict=True)]) for i in range(3)]
 
 
-def decode(cache, sequences, lengths, layer=0, num_rows=None):
-    cache.plan_decode(lengths, num_rows=num_rows or len(lengths))
-    q, k, v = packed(sequences, lengths, [n + 1 for n in lengths])
-    pad = (num_rows or len(lengths)) - len(lengths)
-    return cache.attend(layer, *(F.pad(x, (0, 0, 0, 0, 0, pad), value=float("nan")) for x in (q, k, v)))
+def attend(cache, layer, query, key, value):
+    return cache.attend(layer, query.unflatten(1, (KV_HEADS, HEADS // KV_HEADS)), key, value)
 
 
-def prefill(cache, sequences, lengths, layer=0, first_slot=0, pad=0):
-    cache.plan_prefill(lengths, first_slot=first_slot, num_rows=sum(lengths) + pad)
-    q, k, v = packed(sequences, [0] * len(lengths), lengths)
-    return cache.attend(layer, *(F.pad(x, (0, 0, 0, 0, 0, pad), value=float("nan")) for x in (q, k, v)))
+def decode(cache, sequences, lengths, layer=0):
+    cache.plan_decode(lengths)
+    return attend(cache, layer, *packed(sequences, lengths, [n + 1 for n in lengths]))
 
 
-@pytest.mark.parametrize("pad", [0, 1, 3])
-def test_prefill_then_decode_equals_full_attention(pad):
+def prefill(cache, sequences, lengths, layer=0, first_slot=0):
+    cache.plan_prefill(lengths, first_slot=first_slot)
+    return attend(cache, layer, *packed(sequences, [0] * len(lengths), lengths))
+
+
+def test_prefill_then_decode_equals_full_attention():
     lengths = [3, 3, 5]
     sequences = [random_sequence(12, seed) for seed in range(3)]
     want = [full_attention(*s) for s in sequences]
     cache = make_cache()
-    out = prefill(cache, sequences, lengths, pad=pad)
-    assert torch.equal(out[11:], torch.zeros(pad, HEADS * DIM))  # padding rows give 0, whatever is in them
+    out = prefill(cache, sequences, lengths)
     for s, first, n in zip(range(3), [0, 3, 6], lengths, strict=True):
         torch.testing.assert_close(out[first : first + n], want[s][:n])
     for step in range(5):
-        out = decode(cache, sequences, [n + step for n in lengths], num_rows=3 + pad)
-        torch.testing.assert_close(out[:3], torch.stack([want[s][n + step] for s, n in enumerate(lengths)]))
-        assert torch.equal(out[3:], torch.zeros(pad, HEADS * DIM))
+        out = decode(cache, sequences, [n + step for n in lengths])
+        torch.testing.assert_close(out, torch.stack([want[s][n + step] for s, n in enumerate(lengths)]))
 
 
 def test_layers_do_not_share_their_cache():
@@ -96,13 +93,16 @@ def test_a_slot_that_held_a_longer_sequence_hides_its_rest():
     torch.testing.assert_close(out[0], full_attention(*short)[2])
 
 
-def test_positions_and_rotations_are_those_of_each_row():
+def test_rows_are_rotated_by_the_angles_of_their_positions():
+    x = torch.randn(5, KV_HEADS, 2, DIM, generator=torch.Generator().manual_seed(0))
     cache = make_cache()
-    positions = cache.plan_prefill([3, 1, 2], first_slot=0, num_rows=8)
-    assert positions.tolist() == [0, 1, 2, 0, 0, 1, 0, 0]
-    assert cache.cos.shape == (8, 1, DIM)
-    assert not cache.is_decode_only()
-    positions = cache.plan_decode([3, 7], num_rows=4)
-    assert positions.tolist() == [3, 7, 0, 0]
-    torch.testing.assert_close(cache.sin[1, 0], torch.cat((ANGLES[7], ANGLES[7])).sin())
-    assert cache.is_decode_only()
+    cache.plan_prefill([3, 2], first_slot=0)
+    torch.testing.assert_close(cache.rotate(x), plain_rotation(x, [0, 1, 2, 0, 1]))
+    cache.plan_decode([3, 7, 0, 15, 2])
+    torch.testing.assert_close(cache.rotate(x), plain_rotation(x, [3, 7, 0, 15, 2]))
+
+
+def plain_rotation(x, positions):
+    """Pairs (i, i + d/2) as complex numbers, turned by their angle."""
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(()), ANGLES[positions])[:, None, None]
+    return torch.cat((turned.real, turned.imag), -1)

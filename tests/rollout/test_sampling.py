@@ -22,10 +22,9 @@ def rows(seeds, indices=0, temperature=1.0, top_k=0, top_p=1.0):
     return Rows(
         seeds=torch.as_tensor(seeds),
         indices=indices,
-        temperatures=torch.full((n,), temperature),
+        temperatures=(temperature,) * n,
         top_k=(top_k,) * n,
         top_p=(top_p,) * n,
-        any_random=temperature > 0,
     )
 
 
@@ -123,10 +122,9 @@ def test_a_draw_does_not_depend_on_its_batch_mates(order, size, seed):
         Rows(
             seeds=torch.tensor([seed + i for i in picked]),
             indices=torch.tensor(picked),
-            temperatures=torch.tensor([k["temperature"] for k in kwargs]),
+            temperatures=tuple(k["temperature"] for k in kwargs),
             top_k=tuple(k["top_k"] for k in kwargs),
             top_p=tuple(k["top_p"] for k in kwargs),
-            any_random=any(k["temperature"] > 0 for k in kwargs),
         ),
     )
     assert together[0].tolist() == [alone[i][0].item() for i in picked]

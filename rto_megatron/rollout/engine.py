@@ -1,0 +1,222 @@
+"""Write responses with a Megatron GPT: a key-value cache, continuous admission, early finish.
+
+The scheduler is plain Python and runs the same on every tensor and pipeline rank of a replica: each
+rank admits, finishes and moves the same sequences in the same step, so no rank tells another what to do.
+Per step a pipeline stage hands on hidden states, and the last one returns 16 bytes a sequence.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rto_megatron.distributed.replica import share_from_last_stage
+from rto_megatron.errors import DataError
+from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.rollout.forward import ForwardPass
+from rto_megatron.rollout.kv_cache import KVCache
+from rto_megatron.rollout.sampling import Rows, sample
+
+PREFILL_TOKENS = 8192
+"""Prompt tokens of one prefill pass: bounds the memory of its activations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to write."""
+
+    uid: int
+    """The caller's name for it."""
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+    """Its random stream: see `request_seed`."""
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Sample among this many likeliest tokens; 0 among all."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this much probability; 1 among all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """A response that has ended."""
+
+    uid: int
+    tokens: list[int]
+    """Sampled ids, the closing EOS included."""
+    log_probs: list[float]
+    """Nats, of each token under the distribution it was sampled from: see `sample`."""
+    truncated: bool
+    """Whether the window filled before an EOS."""
+
+
+@dataclass
+class _Sequence:
+    """A response being written; its place in the list of live ones is its slot in the cache."""
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @property
+    def num_cached(self) -> int:
+        """Tokens whose keys and values are stored: all but the newest."""
+        return len(self.request.prompt) + len(self.tokens) - 1
+
+
+class RolloutEngine:
+    """Generates with the trainer's own modules: no second copy of the weights, nothing to synchronise."""
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        *,
+        max_slots: int,
+        max_length: int,
+        eos_ids: tuple[int, ...],
+        banned_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Take `model`, unwrapped; nothing is allocated before `generate`.
+
+        Args:
+            max_slots: sequences that decode together.
+            max_length: tokens of prompt and response together.
+            eos_ids: end a response, and belong to it.
+            banned_ids: never sampled, such as the pad id; the vocabulary's padding never is.
+        """
+        self._model, self._max_slots, self._max_length = model, max_slots, max_length
+        self._eos_ids = frozenset(eos_ids)
+        self._tensor, self._pipeline = model.pg_collection.tp, model.pg_collection.pp
+        self._device = next(model.parameters()).device
+        self._forward = ForwardPass(model)
+        if model.post_process:
+            num_ids = model.output_weight().shape[0]
+            self._first_id = self._tensor.rank() * num_ids
+            mine = range(self._first_id, self._first_id + num_ids)
+            banned = [i - self._first_id for i in mine if i >= model.true_vocab or i in banned_ids]
+            self._banned = torch.tensor(banned, dtype=torch.long, device=self._device)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Write all requests; each is yielded in the step it ends, in one order on all ranks of the replica.
+
+        Every tensor and pipeline rank must call this with the same requests and consume it to the end.
+        A response depends on the weights and its own request alone.
+
+        Raises:
+            DataError: a prompt leaves no room for a token, is empty, or has ids the model does not know.
+        """
+        for request in requests:
+            self._check(request)
+        return self._generate(deque(requests))
+
+    @torch.no_grad()
+    def _generate(self, waiting: deque[Request]) -> Iterator[Completion]:
+        if not waiting:
+            return
+        # Made for just these requests and given back with the last of them: training needs the memory.
+        longest = max(len(request.prompt) + request.max_new_tokens for request in waiting)
+        cache = self._forward.allocate(
+            num_slots=min(self._max_slots, len(waiting)), max_length=min(longest, self._max_length)
+        )
+        live: list[_Sequence] = []
+        while waiting or live:
+            if new := self._admit(waiting, len(live)):
+                self._prefill(new, cache, first_slot=len(live))
+                live += new
+            else:
+                self._decode(live, cache)
+            yield from self._retire(live, cache)
+
+    def _check(self, request: Request) -> None:
+        name, length = f"prompt {request.uid}", len(request.prompt)
+        if length == 0:
+            raise DataError(f"{name}: needs at least one token, got none")
+        if length + 1 > self._max_length:
+            raise DataError(
+                f"{name}: {length} tokens leave no room for a response within {self._max_length} (model.max_length); "
+                f"shorten the prompt or lower rollout.max_prompt_tokens and set data.too_long to drop"
+            )
+        if max(request.prompt) >= self._model.true_vocab:
+            raise DataError(
+                f"{name}: ids must lie below the model's vocabulary of {self._model.true_vocab}, "
+                f"got {max(request.prompt)}; does the tokenizer belong to these weights?"
+            )
+
+    def _admit(self, waiting: deque[Request], num_live: int) -> list[_Sequence]:
+        """Take waiting requests into free slots, once a quarter of the slots is free: one prefill for many."""
+        free = self._max_slots - num_live
+        if not waiting or (num_live and free < min(len(waiting), max(1, self._max_slots // 4))):
+            return []
+        new = [waiting.popleft()]
+        num_tokens = len(new[0].prompt)
+        while waiting and len(new) < free and num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS:
+            num_tokens += len(waiting[0].prompt)
+            new.append(waiting.popleft())
+        return [_Sequence(request) for request in sorted(new, key=lambda r: len(r.prompt))]
+
+    def _prefill(self, new: list[_Sequence], cache: KVCache, *, first_slot: int) -> None:
+        lengths = [len(sequence.request.prompt) for sequence in new]
+        cache.plan_prefill(lengths, first_slot=first_slot)
+        ends = torch.tensor(list(accumulate(lengths)), device=self._device) - 1
+        self._step(new, [token for sequence in new for token in sequence.request.prompt], cache, ends)
+
+    def _decode(self, live: list[_Sequence], cache: KVCache) -> None:
+        cache.plan_decode([sequence.num_cached for sequence in live])
+        self._step(live, [sequence.tokens[-1] for sequence in live], cache, slice(None))
+
+    def _step(self, sequences: list[_Sequence], ids: list[int], cache: KVCache, ends: Tensor | slice) -> None:
+        """One pass over packed rows; each sequence's token is drawn at its row of `ends` and appended to it."""
+        hidden = self._forward.run(torch.tensor(ids, device=self._device), cache)
+        drawn = None
+        if hidden is not None:
+            logits = F.linear(hidden[ends], self._model.output_weight()).float()
+            tokens, log_probs = sample(
+                logits, self._rows(sequences), first_id=self._first_id, banned=self._banned, group=self._tensor
+            )
+            drawn = torch.stack((tokens.double(), log_probs.double()))
+        drawn = share_from_last_stage(
+            drawn, self._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=self._device
+        )
+        for sequence, token, log_prob in zip(sequences, *drawn.tolist(), strict=True):
+            sequence.tokens.append(int(token))
+            sequence.log_probs.append(log_prob)
+
+    def _rows(self, sequences: list[_Sequence]) -> Rows:
+        requests = [sequence.request for sequence in sequences]
+        return Rows(
+            seeds=torch.tensor([r.seed for r in requests], device=self._device),
+            indices=torch.tensor([len(s.tokens) for s in sequences], device=self._device),
+            temperatures=tuple(r.temperature for r in requests),
+            top_k=tuple(r.top_k for r in requests),
+            top_p=tuple(r.top_p for r in requests),
+        )
+
+    def _retire(self, live: list[_Sequence], cache: KVCache) -> list[Completion]:
+        """Take ended sequences out of `live`, the last live one moving into each hole; in order of their slots."""
+        ended = [i for i, sequence in enumerate(live) if self._has_ended(sequence)]
+        completions = [self._complete(live[i]) for i in ended]
+        for hole in reversed(ended):
+            last = live.pop()
+            if hole < len(live):
+                cache.move(len(live), hole, last.num_cached)
+                live[hole] = last
+        return completions
+
+    def _has_ended(self, sequence: _Sequence) -> bool:
+        request, tokens = sequence.request, sequence.tokens
+        full = len(tokens) >= request.max_new_tokens or len(request.prompt) + len(tokens) >= self._max_length
+        return full or tokens[-1] in self._eos_ids
+
+    def _complete(self, sequence: _Sequence) -> Completion:
+        return Completion(
+            uid=sequence.request.uid,
+            tokens=sequence.tokens,
+            log_probs=sequence.log_probs,
+            truncated=sequence.tokens[-1] not in self._eos_ids,
+        )

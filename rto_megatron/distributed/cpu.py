@@ -6,7 +6,6 @@ megatron-core 0.16.1 that it is for, and why. Where a name is torch's and everyb
 a call that could only raise here, or answers Megatron alone: other code in the process keeps torch as it knows it.
 """
 
-import contextlib
 import functools
 import importlib
 import logging
@@ -246,13 +245,6 @@ PATCHES: tuple[Patch, ...] = (
         text="torch.cuda.Event()",
         why="events for activation offload and combined schedules",
         make=_always(_NoStream),
-    ),
-    Patch(
-        name="torch.cuda.stream",
-        site="distributed/param_and_grad_buffer.py:417",
-        text="torch.cuda.stream(self.communication_stream)",
-        why="runs the gradient reduction on its stream",
-        make=_always(lambda _stream: contextlib.nullcontext()),
     ),
     Patch(
         name="torch.cuda.current_stream",

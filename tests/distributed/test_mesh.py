@@ -1,0 +1,70 @@
+"""The grid of ranks, as each rank sees it."""
+
+import pytest
+import torch
+
+from rto_megatron.config.parallel import ParallelConfig
+from rto_megatron.distributed.mesh import build_mesh
+from rto_megatron.distributed.runtime import start_runtime
+from rto_megatron.errors import ConfigError
+from tests.ranks import run_ranks
+
+
+def place(tensor, pipeline):
+    mesh = build_mesh(ParallelConfig(tensor=tensor, pipeline=pipeline), start_runtime(threads=1), seed=0)
+    axes = (mesh.tensor, mesh.pipeline, mesh.data)
+    return [(axis.rank, axis.size) for axis in axes], mesh.is_first_stage, mesh.is_last_stage
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "second_rank"),
+    [
+        (2, 1, ([(1, 2), (0, 1), (0, 1)], True, True)),
+        (1, 2, ([(0, 1), (1, 2), (0, 1)], False, True)),
+        (1, 1, ([(0, 1), (0, 1), (1, 2)], True, True)),
+    ],
+)
+def test_the_second_of_two_ranks_lies_on_the_axis_that_was_asked_for(tensor, pipeline, second_rank):
+    assert run_ranks(place, 2, tensor, pipeline)[1] == second_rank
+
+
+def message_of_a_mesh_that_does_not_fit():
+    with pytest.raises(ConfigError) as error:
+        build_mesh(ParallelConfig(tensor=2, pipeline=2), start_runtime(threads=1), seed=0)
+    return str(error.value)
+
+
+def test_sizes_that_do_not_divide_the_world_are_the_users_mistake():
+    for message in run_ranks(message_of_a_mesh_that_does_not_fit, 2):
+        assert "parallel.tensor 2 x parallel.pipeline 2 does not divide the 2 ranks" in message
+        assert "start a multiple of 4" in message
+
+
+def build_twice():
+    runtime = start_runtime(threads=1)
+    assert start_runtime(threads=1) is runtime
+    first = build_mesh(ParallelConfig(tensor=2), runtime, seed=0)
+    again = build_mesh(ParallelConfig(tensor=2), runtime, seed=0)
+    with pytest.raises(AssertionError, match=r"already has the mesh \(2, 1, 1\)"):
+        build_mesh(ParallelConfig(pipeline=2), runtime, seed=0)
+    return first.tensor.group is again.tensor.group
+
+
+def test_a_process_has_one_layout_and_reuses_its_groups():
+    assert run_ranks(build_twice, 2) == [True, True]
+
+
+def draw():
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    build_mesh(ParallelConfig(tensor=2), start_runtime(threads=1), seed=5)
+    shared = torch.rand(3)
+    with get_cuda_rng_tracker().fork():
+        own = torch.rand(3)
+    return shared, own, torch.rand(3)
+
+
+def test_tensor_ranks_share_the_default_stream_and_differ_in_megatrons():
+    (shared_0, own_0, after_0), (shared_1, own_1, after_1) = run_ranks(draw, 2)
+    assert torch.equal(shared_0, shared_1) and torch.equal(after_0, after_1)
+    assert not torch.equal(own_0, own_1)

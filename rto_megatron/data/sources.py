@@ -40,7 +40,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
 
 def _json_object(line: str, place: str) -> dict:
     try:
-        value = json.loads(line)
+        value = json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: must be one JSON object, but column {error.colno} breaks it: {error.msg}") from None
     if not isinstance(value, dict):

@@ -1,0 +1,240 @@
+"""A YAML file is saved command-line words, and every mistake in either has one message."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rto_megatron.config.load import dump_run, load_run
+from rto_megatron.config.model import ModelConfig, RopeScaling
+from rto_megatron.config.run import STAGES
+from rto_megatron.errors import ConfigError
+
+SFT = "run_dir: runs/sft\ndata:\n  train: train.jsonl\n"
+"""The shortest config of the sft stage: 3 lines."""
+
+REQUIRED = {
+    "sft": ["--run_dir=r", "--data.train=t"],
+    "dpo": ["--run_dir=r", "--data.train=t", "--start=s"],
+    "reward": ["--run_dir=r", "--data.train=t", "--start=s"],
+    "rto": ["--run_dir=r", "--data.train=t", "--policy=p", "--reference=s", "--dpo=d", "--reward_model=m"],
+    "evaluate": ["--run_dir=r", "--data.train=t", "--checkpoints", "a", "b", "--reference=s", "--reward_model=m"],
+    "convert": ["--source=s", "--out=o"],
+}
+
+
+def sft(tmp_path: Path, text: str = SFT, *words: str):
+    """Load an sft config from YAML text and words; the file is RUN.yaml in tmp_path."""
+    path = tmp_path / "RUN.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_run("sft", path, words)
+
+
+def test_defaults_then_file_then_command_line():
+    config = load_run("sft", None, ["--run_dir=r", "--data.train=t", "--seed=1", "--seed=2"])
+    assert (config.seed, config.optimizer.lr, config.run_dir) == (2, 1e-4, Path("r"))
+
+
+def test_command_line_wins_over_the_file(tmp_path):
+    config = sft(tmp_path, SFT + "seed: 3\noptimizer: {lr: 1e-3, beta1: 0.5}\n", "--optimizer.lr=2e-3")
+    assert (config.seed, config.optimizer.lr, config.optimizer.beta1) == (3, 2e-3, 0.5)
+
+
+@pytest.mark.parametrize("words", [["--train.batch_size=8"], ["--train.batch-size=8"], ["--train.batch_size", "8"]])
+def test_words_may_use_hyphens_and_spaces(tmp_path, words):
+    assert sft(tmp_path, SFT, *words).train.batch_size == 8
+
+
+def test_a_number_that_yaml_1_1_reads_as_text_is_a_number(tmp_path):
+    assert sft(tmp_path, SFT + "optimizer: {eps: 1e-6}\n").optimizer.eps == 1e-6
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", True), ("False", False), ("yes", True), ("off", False)])
+def test_switches_take_the_words_of_yaml(tmp_path, text, value):
+    assert sft(tmp_path, SFT + f"model: {{qkv_bias: {text}}}\n").model.qkv_bias is value
+
+
+def test_null_empties_an_optional_field(tmp_path):
+    assert sft(tmp_path, SFT + "train: {max_steps: 5}\n", "--train.max_steps=null").train.max_steps is None
+
+
+def test_a_section_may_be_left_empty(tmp_path):
+    assert sft(tmp_path, SFT + "optimizer:\n").optimizer.lr == 1e-4
+
+
+def test_a_list_is_read_from_file_and_command_line(tmp_path):
+    path = tmp_path / "e.yaml"
+    path.write_text("checkpoints: [a, b]\n")
+    rest = [word for word in REQUIRED["evaluate"] if word not in ("--checkpoints", "a", "b")]
+    assert load_run("evaluate", path, rest).checkpoints == (Path("a"), Path("b"))
+    assert load_run("evaluate", path, [*rest, "--checkpoints", "c", "d"]).checkpoints == (Path("c"), Path("d"))
+    assert load_run("evaluate", path, [*rest, "--checkpoints=c"]).checkpoints == (Path("c"),)
+
+
+def test_an_optional_section_appears_with_any_of_its_fields(tmp_path):
+    assert sft(tmp_path).model.rope_scaling is None
+    assert sft(tmp_path, SFT, "--model.rope_scaling.factor=2").model.rope_scaling == RopeScaling(factor=2.0)
+    text = SFT + "model:\n  rope_scaling: {kind: linear, factor: 4}\n"
+    assert sft(tmp_path, text).model.rope_scaling == RopeScaling(kind="linear", factor=4.0)
+    assert sft(tmp_path, SFT + "model: {rope_scaling: {}}\n").model.rope_scaling == RopeScaling()
+
+
+def test_null_takes_an_optional_section_back(tmp_path):
+    text = SFT + "model: {rope_scaling: {factor: 4}}\n"
+    assert sft(tmp_path, text, "--model.rope_scaling=null").model.rope_scaling is None
+
+
+def test_home_is_expanded_and_other_paths_stay_relative(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = sft(tmp_path, SFT + "start: ~/runs/base\n")
+    assert (config.start, config.run_dir) == (Path("/home/someone/runs/base"), Path("runs/sft"))
+
+
+@pytest.mark.parametrize("stage", REQUIRED)
+def test_a_dumped_config_loads_as_itself(stage, tmp_path):
+    config = load_run(stage, None, REQUIRED[stage])
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump_run(config), encoding="utf-8")
+    assert load_run(stage, path, []) == config
+
+
+def test_a_dumped_optional_section_loads_as_itself(tmp_path):
+    config = replace(sft(tmp_path), model=ModelConfig(rope_scaling=RopeScaling(factor=3.0), head_dim=32))
+    assert sft(tmp_path, dump_run(config)) == config
+
+
+def test_ppo_takes_the_config_of_rto():
+    assert STAGES["ppo"] is STAGES["rto"]
+
+
+BAD_FILES = {
+    "not YAML": ("a: [1\n", r"RUN\.yaml:2: the config must be valid YAML, found: expected ',' or '\]'"),
+    "a list": ("- a\n", r"RUN\.yaml: the config must be a mapping of keys to values, found a sequence"),
+    "a duplicate": (SFT + "run_dir: x\n", r"RUN\.yaml:4: run_dir is set twice, first in line 1; delete one of the two"),
+    "an unknown key": (
+        SFT + "optimiser: {lr: 1}\n",
+        r"RUN\.yaml:4: optimiser\.lr is not a setting; did you mean optimizer\.lr\?",
+    ),
+    "an unknown name in a section": (
+        SFT + "train:\n  width: 1\n",
+        r"RUN\.yaml:5: train\.width is not a setting; train takes batch_size, num_epochs, max_steps, eval_every",
+    ),
+    "a key of another section": (SFT + "lr: 1\n", r"RUN\.yaml:4: lr is not a setting; did you mean optimizer\.lr\?"),
+    "text for a number": (SFT + "optimizer: {lr: fast}\n", r"RUN\.yaml:4: optimizer\.lr must be a number, got 'fast'"),
+    "not a number": (SFT + "optimizer: {lr: nan}\n", r"RUN\.yaml:4: optimizer\.lr must be a number, got 'nan'"),
+    "a fraction": (SFT + "seed: 1.5\n", r"RUN\.yaml:4: seed must be a whole number, got '1\.5'"),
+    "text for an optional number": (
+        SFT + "train: {max_steps: all}\n",
+        r"RUN\.yaml:4: train\.max_steps must be a whole number or null, got 'all'",
+    ),
+    "text for a switch": (
+        SFT + "model: {qkv_bias: 2}\n",
+        r"RUN\.yaml:4: model\.qkv_bias must be true or false, got '2'",
+    ),
+    "an unknown choice": (
+        SFT + "compute: {dtype: fp16}\n",
+        r"RUN\.yaml:4: compute\.dtype must be one of float32, bfloat16, got 'fp16'",
+    ),
+    "null for a required value": (SFT + "seed:\n", r"RUN\.yaml:4: seed must be a whole number, got null"),
+    "a list for one value": (
+        SFT + "seed: [1, 2]\n",
+        r"RUN\.yaml:4: seed must be a whole number, got the list \['1', '2'\]",
+    ),
+    "a value for a section": (
+        SFT + "train: 5\n",
+        r"RUN\.yaml:4: train is a section, got '5'; set its fields: batch_size, num_epochs, max_steps, eval_every",
+    ),
+    "a list of lists": (SFT + "seed: [[1]]\n", r"RUN\.yaml:4: seed must be a list of plain values"),
+    "a key that is a list": ("? [a]\n: 1\n", r"RUN\.yaml:1: a key must be a name, found a sequence"),
+    "a missing key": (
+        "run_dir: r\n",
+        r"RUN\.yaml: data\.train must be set; write it in the file or add --data\.train=",
+    ),
+    "a value out of range": (
+        SFT + "seed: 0\noptimizer:\n  lr: -1\n",
+        r"RUN\.yaml:6: optimizer\.lr must be positive, got -1\.0",
+    ),
+    "fields that do not fit": (
+        SFT + "model:\n  num_query_groups: 3\n",
+        r"RUN\.yaml:5: model\.num_query_groups must divide num_attention_heads 4, got 3",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_bad_file_is_one_message_with_its_line(case, tmp_path):
+    text, message = BAD_FILES[case]
+    with pytest.raises(ConfigError, match=message) as caught:
+        sft(tmp_path, text)
+    assert "\n" not in str(caught.value)
+
+
+BAD_WORDS = {
+    "a word without dashes": (
+        ["seed=1"],
+        r"command line: a setting must look like --section\.field=value, got 'seed=1'",
+    ),
+    "no value": (["--seed"], r"command line: --seed needs a value; write --seed=value"),
+    "unknown": (["--sead=1"], r"command line: sead is not a setting; did you mean seed\?"),
+    "negative": (["--train.batch_size", "-1"], r"command line: train\.batch_size must be 1 or more, got -1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_a_bad_word_is_one_message(case, tmp_path):
+    words, message = BAD_WORDS[case]
+    with pytest.raises(ConfigError, match=message):
+        sft(tmp_path, SFT, *words)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: there is no such config file"):
+        load_run("sft", tmp_path / "absent.yaml", [])
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path):
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: the config file must be readable UTF-8 text"):
+        load_run("sft", path, [])
+
+
+def test_an_unknown_stage_is_named():
+    with pytest.raises(ConfigError, match=r"the stage must be one of sft, dpo, .*, got 'train'"):
+        load_run("train", None, [])
+
+
+def test_a_shared_section_class_reports_under_the_name_of_its_section():
+    words = [*REQUIRED["rto"], "--critic_optimizer.lr=-1"]
+    with pytest.raises(ConfigError, match=r"command line: critic_optimizer\.lr must be positive, got -1\.0"):
+        load_run("rto", None, words)
+
+
+def test_a_rule_over_several_fields_points_at_the_first(tmp_path):
+    path = tmp_path / "rto.yaml"
+    path.write_text("samples_per_optimizer_step: 5\n")
+    message = r"rto\.yaml:1: samples_per_optimizer_step must divide the 32 samples of a step"
+    with pytest.raises(ConfigError, match=message):
+        load_run("rto", path, REQUIRED["rto"])
+
+
+def test_a_rule_about_a_field_that_nobody_set_points_at_the_file(tmp_path):
+    path = tmp_path / "rto.yaml"
+    path.write_text("seed: 1\n")
+    words = [word for word in REQUIRED["rto"] if not word.startswith("--dpo")]
+    with pytest.raises(ConfigError, match=r"rto\.yaml: dpo must name the DPO run, got null; or set rto\.dpo_coef to 0"):
+        load_run("rto", path, words)
+
+
+def test_help_lists_every_field_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        load_run("sft", None, ["--help"])
+    shown = capsys.readouterr().out
+    assert "--model.rope_scaling.factor" in shown and "Peak learning rate." in shown
+
+
+def test_config_needs_no_torch():
+    code = "import sys, rto_megatron.config.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

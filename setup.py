@@ -35,7 +35,8 @@ setup(
     extras_require={
         # NVIDIA's fused kernels package is built by the Dockerfile: PyPI's package of that name is another project.
         "gpu": ["transformer-engine[pytorch]"],
-        "demo": ["gguf"],
+        # transformers reads GGUF files with both.
+        "demo": ["gguf", "accelerate"],
         "dev": ["pytest", "ruff", "pyright", "hypothesis"],
     },
 )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rto_megatron.data.rows import Row
 from rto_megatron.errors import DataError
@@ -53,7 +54,7 @@ def _data_set(source: str, *, name: str, files: str | None, split: str) -> Itera
     import datasets
 
     try:
-        data = datasets.load_dataset(name, data_files=files, split=split)
+        data: Any = datasets.load_dataset(name, data_files=files, split=split)
     except Exception as error:  # the library raises whatever its readers and the hub raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(

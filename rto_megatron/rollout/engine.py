@@ -139,8 +139,8 @@ class RolloutEngine:
             raise DataError(f"{name}: needs at least one token, got none")
         if length + 1 > self._max_length:
             raise DataError(
-                f"{name}: {length} tokens leave no room for a response within {self._max_length} (model.max_length); "
-                f"shorten the prompt or lower rollout.max_prompt_tokens and set data.too_long to drop"
+                f"{name}: its {length} tokens leave no room for a response, as both together may have "
+                f"{self._max_length}; shorten or drop the prompt, or allow longer sequences (model.max_length)"
             )
         if max(request.prompt) >= self._model.true_vocab:
             raise DataError(

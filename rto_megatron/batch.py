@@ -151,8 +151,10 @@ class Signals(_Rows):
     """[B, T] nats, under the frozen DPO policy; the reference's where there is none."""
     values: Tensor
     """[B, T] reward units: column t is the critic's value of the state before token t; 0 without a critic."""
+    raw_scores: Tensor
+    """[B] the reward model's own units; 0 without a reward model."""
     scores: Tensor
-    """[B] normalised reward-model units; 0 without a reward model."""
+    """[B] the same, normalised and clipped; what the score term is made of."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -54,7 +54,6 @@ METRICS: dict[str, str] = {
     # Policy update
     "ppo/loss": "Clipped surrogate that the policy minimises; mean over minibatches (reward units)",
     "ppo/ratio_mean": "pi_new / pi_old; mean over response tokens of all minibatches (1 before the first step)",
-    "ppo/ratio_max": "Largest pi_new / pi_old of the step",
     "ppo/clip_frac": "Response tokens on which ppo.clip decided the loss (share of 1)",
     "ppo/approx_kl": "How far the update went: k3 of pi_old and pi_new; mean over response tokens (nats)",
     "ppo/entropy": "Entropy of the policy over the vocabulary; mean over response tokens (nats)",
@@ -78,7 +77,7 @@ METRICS: dict[str, str] = {
         "sft",
         {
             "loss": "negative log-likelihood; mean over response tokens (nats)",
-            "accuracy": "response tokens that were the likeliest one (share of 1)",
+            "entropy": "entropy of the policy over the vocabulary; mean over response tokens (nats)",
         },
     ),
     **_model_stage(

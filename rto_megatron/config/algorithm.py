@@ -45,8 +45,8 @@ class RTOConfig:
     score_clip: float = 10.0
     """Largest size of the normalised score."""
     shaping: Literal["token", "sentence", "terminal", "shaping_only"] = "token"
-    """Where the DPO total of a response goes: on its tokens (RTO), spread evenly over each sentence
-    (Semi-RTO), on the last token (DDPO), or on its tokens with the sum taken off at the end (RS-PPO)."""
+    """Where the DPO total of a response goes: on its tokens (RTO), summed on the token that ends
+    each sentence (Semi-RTO), on the last token (DDPO), or on its tokens with the sum taken off at the end (RS-PPO)."""
     kl_target: float | None = None
     """Nats per response: adapt kl_coef towards this KL; null keeps kl_coef fixed."""
     kl_horizon: int = 10000

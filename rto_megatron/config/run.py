@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
 from rto_megatron.config.data import DataConfig, TokenizerConfig
@@ -163,10 +164,12 @@ class GenerateRun:
 
     checkpoint: Path
     """The run whose policy answers."""
-    data: DataConfig
-    """`data.train` is not read; `data.eval` holds the prompts."""
+    prompts: str
+    """JSONL path or data-set name."""
     out: Path
     """The JSONL file to write: prompt, response, tokens, log_probs, truncated."""
+    too_long: Literal["drop", "error"] = "drop"
+    """A prompt over rollout.max_prompt_tokens is dropped and counted, or an error."""
     max_prompts: int | None = None
     """Answer only the first so many; null answers all."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -175,28 +178,48 @@ class GenerateRun:
     seed: int = 0
     """Of the samples."""
 
+    def __post_init__(self) -> None:
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts must be 1 or more or null, got {self.max_prompts}; null takes all")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRun:
-    """Held-out score and KL of one or more policies, as a table."""
+    """Held-out score, KL and reward terms of one or more policies, as a table."""
 
     run_dir: Path
-    """Where the table (Markdown and JSON) and the samples go."""
+    """Where the table (Markdown and JSON) and the responses go."""
     checkpoints: tuple[Path, ...]
-    """The runs whose policies are compared; the first is the one whose samples are shown as 'before'."""
+    """The runs whose policies are compared; the others' win rates are against the first."""
     reference: Path
     """The SFT run, for the KL."""
+    dpo: Path | None = None
+    """The DPO run, for the DPO term; null leaves it out."""
     reward_model: Path
     """The reward run, for the score."""
-    data: DataConfig
-    """`data.eval` holds the prompts."""
+    prompts: str
+    """Held-out prompts: JSONL path or data-set name."""
+    too_long: Literal["drop", "error"] = "drop"
+    """A prompt over rollout.max_prompt_tokens is dropped and counted, or an error."""
     max_prompts: int | None = None
     """Evaluate on the first so many; null takes all."""
+    num_shown: int = 3
+    """Prompts whose responses are printed."""
+    allow_other_reference: bool = False
+    """Go on although the DPO run's recorded parent is not `reference`."""
+    rto: RTOConfig = field(default_factory=RTOConfig)
+    """The coefficients by which the terms of the return are compared."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0
     """Of the samples."""
+
+    def __post_init__(self) -> None:
+        if not self.checkpoints:
+            raise ValueError("checkpoints must name at least one run, got none")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts must be 1 or more or null, got {self.max_prompts}; null takes all")
 
 
 @dataclass(frozen=True, kw_only=True)

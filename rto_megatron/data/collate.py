@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from rto_megatron.batch import PreferenceBatch, SFTBatch
-from rto_megatron.data.readers import PreferenceRow, SFTRow
+from rto_megatron.algorithms.sequences import join_rows
+from rto_megatron.batch import PreferenceBatch, PromptBatch, SFTBatch
+from rto_megatron.data.readers import PreferenceRow, PromptRow, SFTRow
 
 
 def collate_sft(rows: Sequence[SFTRow], pad_id: int) -> SFTBatch:
@@ -20,12 +20,19 @@ def collate_preferences(rows: Sequence[PreferenceRow], pad_id: int) -> Preferenc
     return PreferenceBatch(**_stack(sides, pad_id))
 
 
+def prompt_batch(rows: Sequence[PromptRow], *, samples_per_prompt: int = 1) -> PromptBatch:
+    """Prompts of a rollout, each as often as it is answered."""
+    repeated = [(row, sample) for row in rows for sample in range(samples_per_prompt)]
+    return PromptBatch(
+        ids=tuple(tuple(row.prompt_ids) for row, _ in repeated),
+        prompt_ids=tuple(row.index for row, _ in repeated),
+        sample_ids=tuple(sample for _, sample in repeated),
+    )
+
+
 def _stack(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> dict[str, Tensor]:
     """Pairs of (prompt, response) -> the three tensors that both batches have."""
-    num_tokens = torch.tensor([len(prompt) + len(response) for prompt, response in rows])
-    tokens = torch.full((len(rows), int(num_tokens.max())), pad_id)
-    response_mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(rows):
-        tokens[i, : num_tokens[i]] = torch.tensor(prompt + response)
-        response_mask[i, len(prompt) : num_tokens[i]] = True
+    tokens, num_tokens, response_mask = join_rows(
+        [prompt for prompt, _ in rows], [response for _, response in rows], pad_id=pad_id
+    )
     return {"tokens": tokens, "num_tokens": num_tokens, "response_mask": response_mask}

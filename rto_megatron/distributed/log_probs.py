@@ -1,6 +1,7 @@
 """Log-probs and entropies from a vocabulary-parallel output layer, without keeping logits."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def linear_log_probs(
     vocab_size: int,
     temperature: float = 1.0,
     chunk: int = 512,
+    banned_ids: tuple[int, ...] = (),
 ) -> Tensor:
     """Score labels under softmax(hidden @ weight.T / temperature), a chunk of tokens at a time.
 
@@ -31,51 +33,73 @@ def linear_log_probs(
         vocab_size: ids from here on are padding and have probability 0.
         temperature: divides the logits.
         chunk: tokens at a time.
+        banned_ids: ids that are never sampled, such as the pad id; they have probability 0 too.
 
     Returns:
         [N, 2] float32 nats: log-prob of the label, and entropy. Both can be differentiated.
     """
-    return _LinearLogProbs.apply(hidden, weight, labels, group, vocab_size, temperature, chunk)
+    first = group.rank() * weight.shape[0]
+    num_rows = min(max(vocab_size - first, 0), weight.shape[0])
+    mine = [i - first for i in banned_ids if first <= i < first + num_rows]
+    head = _Head(group, first, num_rows, temperature, chunk, torch.tensor(mine, dtype=torch.long, device=weight.device))
+    return _LinearLogProbs.apply(hidden, weight, labels, head)
+
+
+IMPOSSIBLE = -1e30
+"""The logit of a banned id. Finite: the entropy multiplies its log by a probability of 0."""
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What does not change from token to token."""
+
+    group: Any
+    first: int
+    """The id of this rank's first row."""
+    num_rows: int
+    """Rows that are not padding."""
+    temperature: float
+    chunk: int
+    banned: Tensor
+    """Of this rank's rows."""
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        """[n, num_rows] float32: the product in the model's dtype, everything after it in float32."""
+        logits = (hidden @ weight[: self.num_rows].T).float() / self.temperature
+        return logits.index_fill_(1, self.banned, IMPOSSIBLE)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, group: Any, vocab: int, temperature: float, chunk: int) -> Tensor:
-        first = group.rank() * weight.shape[0]
-        num_rows = min(max(vocab - first, 0), weight.shape[0])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: _Head) -> Tensor:
         parts = [
-            _local_sums(_logits(h, weight, temperature, num_rows), y - first)
-            for h, y in zip(hidden.split(chunk), labels.split(chunk))
+            _local_sums(head.logits(h, weight), y - head.first)
+            for h, y in zip(hidden.split(head.chunk), labels.split(head.chunk), strict=True)
         ]
-        local = torch.cat(parts) if parts else hidden.new_empty(0, 3, dtype=torch.float32)
-        log_norm, out = _merge(local, group)
+        local = torch.cat(parts)
+        log_norm, out = _merge(local, head.group)
         ctx.save_for_backward(hidden, weight, labels, log_norm, out[:, 1])
-        ctx.settings = first, num_rows, temperature, chunk
+        ctx.head = head
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
-        first, num_rows, temperature, chunk = ctx.settings
+        head: _Head = ctx.head
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, hidden.shape[0] if num_rows else 0, chunk):
-            rows = slice(start, start + chunk)
-            log_probs = _logits(hidden[rows], weight, temperature, num_rows).sub_(log_norm[rows, None])
+        for start in range(0, hidden.shape[0] if head.num_rows else 0, head.chunk):
+            rows = slice(start, start + head.chunk)
+            log_probs = head.logits(hidden[rows], weight).sub_(log_norm[rows, None])
             probs = log_probs.exp()
             # d log p(y) / dz = 1{y} - p;  d entropy / dz = -p (log p + entropy)
             slope = -probs * (grad[rows, :1] + grad[rows, 1:] * (log_probs + entropy[rows, None]))
-            mine, index = _own(labels[rows] - first, num_rows)
+            mine, index = _own(labels[rows] - head.first, head.num_rows)
             slope.scatter_add_(1, index[:, None], torch.where(mine, grad[rows, 0], 0.0)[:, None])
-            slope = (slope / temperature).to(hidden.dtype)
-            grad_hidden[rows] = slope @ weight[:num_rows]
-            grad_weight[:num_rows].add_(slope.T @ hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor, temperature: float, num_rows: int) -> Tensor:
-    """[n, num_rows] float32: the product in the model's dtype, everything after it in float32."""
-    return (hidden @ weight[:num_rows].T).float() / temperature
+            slope = (slope / head.temperature).to(hidden.dtype)
+            grad_hidden[rows] = slope @ weight[: head.num_rows]
+            grad_weight[: head.num_rows].add_(slope.T @ hidden[rows])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _own(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,15 @@ from rto_megatron.distributed.mesh import Mesh
 Record = TypeVar("Record", Rollout, Signals, Experience)
 
 
+def share_of(num_items: int, mesh: Mesh) -> list[int]:
+    """This replica's items of any number of them; the last item is repeated until all shares are equal.
+
+    Gathered in rank order and cut to `num_items`, the shares are the items again.
+    """
+    size = -(-num_items // mesh.data.size)
+    return [min(i, num_items - 1) for i in range(mesh.data.rank * size, (mesh.data.rank + 1) * size)]
+
+
 def gather_rows(record: Record, mesh: Mesh) -> Record:
     """All replicas' rows in rank order, on every rank, as wide as the widest replica's.
 

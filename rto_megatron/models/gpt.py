@@ -37,6 +37,9 @@ class PolicyModel(GPTModel):
     """Ids from here on are padding of the vocabulary."""
     temperature: float
     log_prob_chunk: int
+    banned_ids: tuple[int, ...]
+    """Ids that have probability 0 in sampling and in log-probs alike: the pad id."""
+    max_length: int
 
     def _postprocess(self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any) -> Tensor:
         """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
@@ -60,6 +63,7 @@ class PolicyModel(GPTModel):
             vocab_size=self.true_vocab,
             temperature=self.temperature,
             chunk=self.log_prob_chunk,
+            banned_ids=self.banned_ids,
         )
         out = hidden.new_zeros(*predicted.shape, 2, dtype=torch.float32)
         return F.pad(out.index_put(predicted.nonzero(as_tuple=True), scored), (0, 0, 1, 0))
@@ -79,6 +83,7 @@ def build_model(
     parallel: ParallelConfig,
     compute: ComputeConfig,
     temperature: float = 1.0,
+    banned_ids: tuple[int, ...] = (),
     seed: int = 0,
 ) -> PolicyModel | ScalarModel:
     """This rank's part of a model with fresh weights, the same in every layout for the same seed.
@@ -103,7 +108,7 @@ def build_model(
     model.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
     model.true_vocab, model.max_length = config.vocab_size, config.max_length
     if isinstance(model, PolicyModel):
-        model.temperature, model.log_prob_chunk = temperature, compute.log_prob_chunk
+        model.temperature, model.log_prob_chunk, model.banned_ids = temperature, compute.log_prob_chunk, banned_ids
     initialize(model, config, seed=seed)
     return model.to(mesh.device)
 

@@ -1,0 +1,60 @@
+"""The command line: `python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]`.
+
+Exit codes: 0 done; 2 the user's config, data or files are wrong, with one message; 1 a bug.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+from rto_megatron import __version__
+from rto_megatron.config.load import load_run
+from rto_megatron.config.run import STAGES
+from rto_megatron.distributed.runtime import is_main, prepare_imports, start_runtime, stop_runtime
+from rto_megatron.errors import ConfigError, UserError
+
+USAGE = f"""usage: python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
+       torchrun --nproc-per-node N -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
+
+stages: {", ".join(STAGES)}
+`python -m rto_megatron STAGE --help` lists all that a stage's YAML file may say.
+"""
+
+
+def main(words: list[str]) -> int:
+    """Run one stage; return the exit code."""
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    try:
+        _run(words[0], words[1:])
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(stage: str, words: list[str]) -> None:
+    if stage not in STAGES:
+        raise ConfigError(f"the stage must be one of {', '.join(STAGES)}, got {stage!r}")
+    path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    config = load_run(stage, path, _as_ppo(words) if stage == "ppo" else words)
+    prepare_imports()
+    # after prepare_imports, because importing a stage imports Megatron
+    module = importlib.import_module(f"rto_megatron.stages.{'rto' if stage == 'ppo' else stage}")
+    runtime = start_runtime(threads=config.compute.threads)
+    module.run(config, runtime)
+    stop_runtime()
+
+
+def _as_ppo(words: list[str]) -> list[str]:
+    """PPO is RTO whose DPO coefficient is 0."""
+    return [*words, "--rto.dpo_coef=0"]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""sft, dpo, reward, rto, generate, evaluate, convert: each reads like its algorithm."""

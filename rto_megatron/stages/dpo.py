@@ -1,0 +1,125 @@
+"""Direct preference optimization (arXiv 2305.18290): a policy whose log-ratio to the reference is a reward."""
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.dpo import dpo_loss, sequence_log_probs
+from rto_megatron.algorithms.pairs import num_correct, split_pairs
+from rto_megatron.batch import DPOBatch
+from rto_megatron.config.run import DPORun
+from rto_megatron.data.collate import collate_preferences
+from rto_megatron.data.readers import PreferenceRow, read_preferences
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.optimizer import make_trainable
+from rto_megatron.distributed.runtime import Runtime
+from rto_megatron.distributed.step import Loss, token_log_probs
+from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.run import open_run
+from rto_megatron.stages.sft import check_window
+from rto_megatron.stages.supervised import Task, fit, num_steps, score_rows, size_table
+
+ScoredRow = tuple[PreferenceRow, Tensor]
+"""A pair and the reference's log-prob of its chosen and its rejected response, [2] nats."""
+
+
+def run(config: DPORun, runtime: Runtime) -> None:
+    """Train the DPO policy from the SFT run, which is its reference."""
+    mesh = build_mesh(config.parallel, runtime, seed=config.seed)
+    model, parent = load_role(
+        config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
+    )
+    tokenizer = tokenizer_of(parent)
+    check_window(config.data.max_length, parent.manifest.model)
+    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
+    rows, dropped = read_preferences(config.data.train, tokenizer, **limits)
+    held_out, eval_dropped = read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
+    steps = num_steps(len(rows), config)
+
+    with open_run(config, "dpo", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
+        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+        # the policy has not moved yet, so it is the reference: no second model is needed
+        scored = with_reference(model, rows, config, tokenizer, mesh)
+        scored_held_out = with_reference(model, held_out, config, tokenizer, mesh)
+        policy = make_trainable("policy", model, config.optimizer, mesh)
+        fit(policy, make_task(config, tokenizer, mesh), scored, scored_held_out, config, mesh, running)
+        manifest = Manifest(
+            stage="dpo",
+            step=steps,
+            roles=("policy",),
+            model=parent.manifest.model,
+            tokenizer=parent.manifest.tokenizer,
+            parents={"reference": parent.id},
+        )
+        folder = save_checkpoint(config.run_dir, manifest, {"policy": model}, tokenizer.save)
+        running.console.say(f"checkpoint: {folder}")
+
+
+def with_reference(
+    model: PolicyModel, rows: list[PreferenceRow], config: DPORun, tokenizer: Tokenizer, mesh: Mesh
+) -> list[ScoredRow]:
+    """Pairs with the log-probs that `model` gives their responses."""
+    if not rows:
+        return []
+    batch = collate_preferences(rows, tokenizer.pad_id).to(mesh.device)
+    log_probs = score_rows(model, batch, token_log_probs, config, mesh, unit=2)[..., 0]
+    totals = sequence_log_probs(log_probs, batch.response_mask).cpu().view(-1, 2)
+    return list(zip(rows, totals, strict=True))
+
+
+def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
+    """The DPO loss, averaged over the pairs of the minibatch."""
+
+    def collate(rows: list[ScoredRow]) -> DPOBatch:
+        pairs = collate_preferences([row for row, _ in rows], tokenizer.pad_id)
+        return DPOBatch(
+            tokens=pairs.tokens,
+            num_tokens=pairs.num_tokens,
+            response_mask=pairs.response_mask,
+            ref_log_probs=torch.cat([totals for _, totals in rows]),
+        ).to(mesh.device)
+
+    def make_loss(whole: DPOBatch) -> Loss:
+        num_pairs = len(whole) // 2
+
+        def loss(output: Tensor, batch: DPOBatch) -> tuple[Tensor, Tensor]:
+            chosen, rejected = split_pairs(sequence_log_probs(output[..., 0], batch.response_mask))
+            ref_chosen, ref_rejected = split_pairs(batch.ref_log_probs)
+            result = dpo_loss(
+                policy_chosen=chosen,
+                policy_rejected=rejected,
+                ref_chosen=ref_chosen,
+                ref_rejected=ref_rejected,
+                beta=config.dpo.beta,
+                label_smoothing=config.dpo.label_smoothing,
+                loss=config.dpo.loss,
+                num_pairs=num_pairs,
+            )
+            better, worse = result.chosen_rewards, result.rejected_rewards
+            correct = num_correct(chosen=better, rejected=worse)
+            sums = (correct / num_pairs, better.sum() / num_pairs, worse.sum() / num_pairs)
+            return result.loss, torch.stack((result.loss.detach(), *sums))
+
+        return loss
+
+    def summarise(sums: Tensor) -> dict[str, float]:
+        loss, accuracy, chosen, rejected = sums.tolist()
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": chosen - rejected,
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
+
+    return Task(
+        group="dpo",
+        collate=collate,
+        forward=token_log_probs,
+        make_loss=make_loss,
+        num_sums=4,
+        summarise=summarise,
+        rows_per_item=2,
+    )

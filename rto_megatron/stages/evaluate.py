@@ -1,0 +1,149 @@
+"""Policies side by side on held-out prompts: score, KL to the reference, what the return is made of."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rto_megatron.algorithms.rewards import shape_token_rewards
+from rto_megatron.config.run import EvaluateRun
+from rto_megatron.data.readers import PromptRow, read_prompts
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.runtime import Runtime, is_main
+from rto_megatron.metrics import Console, format_number
+from rto_megatron.stages.actors import check_window, load_judges
+from rto_megatron.stages.generate import check_writable, write_json_lines
+from rto_megatron.stages.held_out import Answers, answer
+from rto_megatron.stages.roles import check_same_tokenizer, load_role, tokenizer_of
+
+COLUMNS = {
+    "policy": "run",
+    "score": "mean score of the reward model, normalised",
+    "score_error": "standard error of that mean",
+    "win_rate": "share of prompts on which it scores above the first policy; a tie counts half",
+    "kl": "nats: log pi - log pi_ref of a whole response, mean",
+    "length": "tokens of a response, mean",
+    "truncated": "share of responses that filled the window",
+    "dpo_share": "share of the DPO term in the return",
+    "kl_share": "share of the KL term",
+    "score_share": "share of the score term",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A policy and its responses."""
+
+    path: Path
+    answers: Answers
+
+
+def run(config: EvaluateRun, runtime: Runtime) -> None:
+    """Answer the held-out prompts with each policy, judge, print and write the table."""
+    mesh, console = build_mesh(config.parallel, runtime, seed=config.seed), Console(is_main())
+    check_writable(config.run_dir / "evaluation.json")
+    judges, parents = load_judges(config, mesh)
+    tokenizer = tokenizer_of(parents["reference"])
+    prompts, dropped = read_prompts(
+        config.prompts, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, too_long=config.too_long
+    )
+    prompts = prompts[: config.max_prompts]
+    console.say(f"prompts: {dropped}; answering {len(prompts)}")
+    rows = []
+    for path in config.checkpoints:
+        policy, checkpoint = load_role(
+            path,
+            "policy",
+            mesh,
+            parallel=config.parallel,
+            compute=config.compute,
+            frozen=True,
+            temperature=config.rollout.temperature or 1.0,
+        )
+        check_same_tokenizer(parents["reference"], checkpoint)
+        check_window(config.rollout, {**parents, str(path): checkpoint})
+        rows.append(Row(path, answer(policy, prompts, config, judges, tokenizer, mesh)))
+    table = [summarise(row, rows[0], config) for row in rows]
+    if is_main():
+        _write(config.run_dir, table, rows, prompts, tokenizer)
+    _show(console, table, rows, prompts, tokenizer, config)
+
+
+def summarise(row: Row, first: Row, config: EvaluateRun) -> dict[str, object]:
+    """One line of the table; keys as in COLUMNS."""
+    answers, scores = row.answers, row.answers.signals.scores.double()
+    numbers = answers.metrics()
+    wins = scores - first.answers.signals.scores.double()
+    return {
+        "policy": str(row.path),
+        "score": numbers["eval/score"],
+        "score_error": (scores.std(correction=0) / len(scores) ** 0.5).item(),
+        "win_rate": ((wins > 0).double() + (wins == 0).double() / 2).mean().item(),
+        "kl": numbers["eval/kl"],
+        "length": numbers["eval/response_length"],
+        "truncated": numbers["eval/truncated_frac"],
+        **_shares(answers, config),
+    }
+
+
+def _shares(answers: Answers, config: EvaluateRun) -> dict[str, float]:
+    """Mean size of each term's sum over a response, as a share of all three."""
+    signals = answers.signals
+    rewards = shape_token_rewards(
+        policy_log_probs=signals.policy_log_probs,
+        ref_log_probs=signals.ref_log_probs,
+        dpo_log_probs=signals.dpo_log_probs,
+        scores=signals.scores,
+        response_mask=answers.rollout.response_mask,
+        dpo_coef=config.rto.dpo_coef if config.dpo else 0.0,
+        kl_coef=config.rto.kl_coef,
+        score_coef=config.rto.score_coef,
+        dpo_clip=config.rto.dpo_clip,
+    )
+    terms = torch.stack([term.sum(-1).abs().double().mean() for term in (rewards.dpo, rewards.kl, rewards.score)])
+    shares = (terms / terms.sum().clamp(min=1e-30)).tolist()
+    return dict(zip(("dpo_share", "kl_share", "score_share"), shares, strict=True))
+
+
+def _responses(row: Row, tokenizer: Tokenizer) -> list[str]:
+    rollout = row.answers.rollout
+    return [
+        tokenizer.decode(tokens[mask].tolist())
+        for tokens, mask in zip(rollout.tokens, rollout.response_mask, strict=True)
+    ]
+
+
+def _write(
+    folder: Path, table: list[dict[str, object]], rows: list[Row], prompts: list[PromptRow], tokenizer: Tokenizer
+) -> None:
+    (folder / "evaluation.json").write_text(json.dumps({"columns": COLUMNS, "rows": table}, indent=1))
+    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([format_number(row[name]) for name in COLUMNS] for row in table)]
+    (folder / "evaluation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    texts = {str(row.path): _responses(row, tokenizer) for row in rows}
+    write_json_lines(
+        folder / "responses.jsonl",
+        [
+            {"prompt": prompt.text, "responses": {name: responses[i] for name, responses in texts.items()}}
+            for i, prompt in enumerate(prompts)
+        ],
+    )
+
+
+def _show(
+    console: Console,
+    table: list[dict[str, object]],
+    rows: list[Row],
+    prompts: list[PromptRow],
+    tokenizer: Tokenizer,
+    config: EvaluateRun,
+) -> None:
+    console.table(f"held out: {len(prompts)} prompts", list(COLUMNS), [[row[name] for name in COLUMNS] for row in table])
+    texts = [_responses(row, tokenizer) for row in rows]
+    for i, prompt in enumerate(prompts[: config.num_shown]):
+        console.say(f"\nprompt {i + 1}: {prompt.text}")
+        for row, responses in zip(rows, texts, strict=True):
+            score = row.answers.signals.scores[i].item()
+            console.say(f"  [{row.path}, score {score:.2f}] {responses[i].strip()}")
+    console.say(f"\ntable and responses: {config.run_dir}")

@@ -1,0 +1,109 @@
+"""The sentence reward model: a score for a whole response, learned from pairs."""
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.pairs import num_correct, split_pairs
+from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores
+from rto_megatron.batch import PreferenceBatch
+from rto_megatron.config.run import RewardRun
+from rto_megatron.data.collate import collate_preferences
+from rto_megatron.data.readers import PreferenceRow, read_preferences
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.optimizer import make_trainable
+from rto_megatron.distributed.runtime import Runtime
+from rto_megatron.distributed.step import Loss, head_outputs
+from rto_megatron.models.heads import ScalarModel
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.run import open_run
+from rto_megatron.stages.sft import check_window
+from rto_megatron.stages.supervised import Task, fit, num_steps, score_rows, size_table
+
+
+def run(config: RewardRun, runtime: Runtime) -> None:
+    """Train a scalar head and its backbone; store mean and std of the scores with the weights."""
+    mesh = build_mesh(config.parallel, runtime, seed=config.seed)
+    model, parent = load_role(
+        config.start,
+        "value",
+        mesh,
+        parallel=config.parallel,
+        compute=config.compute,
+        frozen=False,
+        seed=config.seed,
+    )
+    tokenizer = tokenizer_of(parent)
+    check_window(config.data.max_length, parent.manifest.model)
+    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
+    rows, dropped = read_preferences(config.data.train, tokenizer, **limits)
+    held_out, eval_dropped = read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
+    steps = num_steps(len(rows), config)
+
+    with open_run(config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
+        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+        trainable = make_trainable("reward model", model, config.optimizer, mesh)
+        fit(trainable, make_task(config, tokenizer, mesh), rows, held_out, config, mesh, running)
+        mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)
+        manifest = Manifest(
+            stage="reward",
+            step=steps,
+            roles=("value",),
+            model=parent.manifest.model,
+            tokenizer=parent.manifest.tokenizer,
+            parents={"start": parent.id},
+            score_mean=mean,
+            score_std=std,
+        )
+        folder = save_checkpoint(config.run_dir, manifest, {"value": model}, tokenizer.save)
+        running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}; checkpoint: {folder}")
+
+
+def score_moments(
+    model: ScalarModel, rows: list[PreferenceRow], config: RewardRun, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[float, float]:
+    """Mean and standard deviation of the raw scores of all responses, chosen and rejected.
+
+    On held-out rows where there are some: scores of rows it was trained on are spread too far.
+    """
+    batch = collate_preferences(rows, tokenizer.pad_id).to(mesh.device)
+    outputs = score_rows(model, batch, head_outputs, config, mesh, unit=2)
+    scores = sequence_scores(outputs, batch.num_tokens).double()
+    return scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
+
+
+def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
+    """The Bradley-Terry loss, averaged over the pairs of the minibatch."""
+
+    def make_loss(whole: PreferenceBatch) -> Loss:
+        num_pairs = len(whole) // 2
+
+        def loss(output: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+            chosen, rejected = split_pairs(sequence_scores(output, batch.num_tokens))
+            value = pairwise_loss(chosen=chosen, rejected=rejected, loss=config.reward.loss, num_pairs=num_pairs)
+            correct = num_correct(chosen=chosen, rejected=rejected)
+            sums = torch.stack((correct.float(), chosen.sum(), rejected.sum())) / num_pairs
+            return value, torch.cat((value.detach()[None], sums))
+
+        return loss
+
+    def summarise(sums: Tensor) -> dict[str, float]:
+        loss, accuracy, chosen, rejected = sums.tolist()
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": chosen - rejected,
+            "chosen_score": chosen,
+            "rejected_score": rejected,
+        }
+
+    return Task(
+        group="reward_model",
+        collate=lambda rows: collate_preferences(rows, tokenizer.pad_id).to(mesh.device),
+        forward=head_outputs,
+        make_loss=make_loss,
+        num_sums=4,
+        summarise=summarise,
+        rows_per_item=2,
+    )

@@ -1,0 +1,71 @@
+"""The models of a run, loaded from the checkpoints that the config names."""
+
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from rto_megatron.distributed.checkpoint import Checkpoint, load_weights, open_checkpoint
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.errors import CheckpointError
+from rto_megatron.models.gpt import Kind, build_model
+
+
+def load_role(
+    path: Path,
+    kind: Kind,
+    mesh: Mesh,
+    *,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    frozen: bool,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> tuple[Any, Checkpoint]:
+    """A model with the weights of a run, and the checkpoint it came from.
+
+    A value model may start from a policy (its head is then fresh, from `seed`), a policy from any run
+    that has an output layer or tied embeddings. A frozen role has no gradients.
+    """
+    checkpoint = open_checkpoint(path)
+    model = build_model(
+        checkpoint.manifest.model,
+        mesh,
+        kind=kind,
+        parallel=parallel,
+        compute=compute,
+        temperature=temperature,
+        banned_ids=(tokenizer_of(checkpoint).pad_id,),
+        seed=seed,
+    )
+    own = "policy" if kind == "policy" else "value"
+    role = own if own in checkpoint.manifest.roles else checkpoint.manifest.roles[0]
+    load_weights(model, checkpoint, role)
+    if frozen:
+        model.eval().requires_grad_(False)
+    return model, checkpoint
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer that a checkpoint was trained with.
+
+    Raises:
+        CheckpointError: the folder holds another one than the manifest says.
+        ConfigError: it has more tokens than the model.
+    """
+    tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
+    if tokenizer.digest() != checkpoint.manifest.tokenizer:
+        raise CheckpointError(f"{checkpoint.tokenizer_folder}: is not the tokenizer that the checkpoint was saved with")
+    check_vocabulary(tokenizer, checkpoint.manifest.model.vocab_size)
+    return tokenizer
+
+
+def check_same_tokenizer(*checkpoints: Checkpoint | None) -> None:
+    """Raise CheckpointError unless all roles read and write the same tokens."""
+    first, *others = (c for c in checkpoints if c is not None)
+    for other in others:
+        if other.manifest.tokenizer != first.manifest.tokenizer:
+            raise CheckpointError(
+                f"{other.folder}: its tokenizer or chat template differs from that of {first.folder}; "
+                "all roles of a run must share them"
+            )

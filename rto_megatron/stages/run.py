@@ -1,0 +1,87 @@
+"""What every stage does around its algorithm: the run folder, the log, the clock, the start table."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.config.load import dump_run
+from rto_megatron.distributed.collectives import barrier
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.runtime import is_main, world_size
+from rto_megatron.errors import ConfigError
+from rto_megatron.metrics import Console, TensorBoardLog
+
+
+@dataclass
+class Clock:
+    """Seconds of each phase since the last `take`."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _start: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to a phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """`time/*` metrics of the step that ends now, and start the next."""
+        now = time.perf_counter()
+        rows = {f"time/{name}_seconds": value for name, value in self.seconds.items()}
+        rows["time/step_seconds"] = now - self._start
+        self.seconds, self._start = {}, now
+        return rows
+
+
+@dataclass(frozen=True)
+class Run:
+    """An open run: where its numbers go."""
+
+    folder: Path
+    log: TensorBoardLog
+    console: Console
+
+
+@contextmanager
+def open_run(config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, object]]) -> Iterator[Run]:
+    """Make the run folder, write the resolved config into it, print what was derived, and open the log.
+
+    Args:
+        sizes: rows of the start table: name and value.
+    """
+    folder, console = config.run_dir, Console(is_main())
+    if is_main():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.yaml").write_text(dump_run(config))
+        except OSError as error:
+            raise ConfigError(f"run_dir {folder}: cannot be written ({error.strerror})") from None
+    barrier()
+    layout = f"tensor {mesh.tensor.size} x pipeline {mesh.pipeline.size} x data {mesh.data.size}"
+    layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
+    where = f"{world_size()} x {mesh.runtime.device.type}, {config.compute.dtype}, {layers} layers"
+    console.table(f"{stage}: {folder}", ("size", "value"), [("ranks", where), ("layout", layout), *sizes])
+    log = TensorBoardLog(folder / "tensorboard", enabled=is_main())
+    try:
+        yield Run(folder, log, console)
+    finally:
+        log.close()
+
+
+def check_divides(name: str, value: int, mesh: Mesh) -> None:
+    """Raise ConfigError unless a batch size can be shared equally by the data-parallel ranks."""
+    if value % mesh.data.size:
+        raise ConfigError(
+            f"{name} must be a multiple of the {mesh.data.size} data-parallel ranks, got {value}; "
+            f"use {-(-value // mesh.data.size) * mesh.data.size}"
+        )
+
+
+def with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Names with a group in front."""
+    return {prefix + name: value for name, value in values.items()}

@@ -1,0 +1,112 @@
+"""Supervised fine-tuning: raise the likelihood of the response tokens."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.masked import token_weights, weighted_sum
+from rto_megatron.algorithms.sft import lm_loss
+from rto_megatron.batch import SFTBatch
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.run import SFTRun
+from rto_megatron.data.collate import collate_sft
+from rto_megatron.data.readers import read_sft
+from rto_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from rto_megatron.distributed.checkpoint import Checkpoint, Manifest, save_checkpoint
+from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.optimizer import make_trainable
+from rto_megatron.distributed.runtime import Runtime
+from rto_megatron.distributed.step import Loss, token_log_probs
+from rto_megatron.errors import ConfigError
+from rto_megatron.models.gpt import PolicyModel, build_model
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.run import open_run
+from rto_megatron.stages.supervised import Task, fit, num_steps, size_table
+
+
+def run(config: SFTRun, runtime: Runtime) -> None:
+    """Train a policy from scratch, or from another run, on (prompt, response) rows."""
+    mesh = build_mesh(config.parallel, runtime, seed=config.seed)
+    model, tokenizer, parent = _start(config, mesh)
+    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
+    rows, dropped = read_sft(config.data.train, tokenizer, **limits)
+    eval_rows, eval_dropped = read_sft(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
+    steps = num_steps(len(rows), config)
+    architecture = parent.manifest.model if parent else _architecture(config, tokenizer)
+    check_window(config.data.max_length, architecture)
+
+    with open_run(config, "sft", mesh, size_table(config, len(rows), len(eval_rows), mesh)) as running:
+        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+        policy = make_trainable("policy", model, config.optimizer, mesh)
+        fit(policy, make_task(tokenizer, mesh), rows, eval_rows, config, mesh, running)
+        manifest = Manifest(
+            stage="sft",
+            step=steps,
+            roles=("policy",),
+            model=architecture,
+            tokenizer=tokenizer.digest(),
+            parents={"start": parent.id} if parent else {},
+        )
+        folder = save_checkpoint(config.run_dir, manifest, {"policy": model}, tokenizer.save)
+        running.console.say(f"checkpoint: {folder}")
+
+
+def check_window(max_length: int, architecture: ModelConfig) -> None:
+    """Raise ConfigError if rows may be longer than the model can see."""
+    if max_length > architecture.max_length:
+        raise ConfigError(
+            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), got {max_length}"
+        )
+
+
+def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, Checkpoint | None]:
+    if config.start is not None:
+        model, parent = load_role(
+            config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
+        )
+        return model, tokenizer_of(parent), parent
+    if config.tokenizer.path is None:
+        raise ConfigError("tokenizer.path must be set for a model from scratch; or name a run to start from in `start`")
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.chat_template)
+    model = build_model(
+        _architecture(config, tokenizer),
+        mesh,
+        kind="policy",
+        parallel=config.parallel,
+        compute=config.compute,
+        banned_ids=(tokenizer.pad_id,),
+        seed=config.seed,
+    )
+    return model, tokenizer, None
+
+
+def _architecture(config: SFTRun, tokenizer: Tokenizer) -> ModelConfig:
+    if config.model.vocab_size:
+        check_vocabulary(tokenizer, config.model.vocab_size)
+        return config.model
+    return replace(config.model, vocab_size=tokenizer.vocab_size)
+
+
+def make_task(tokenizer: Tokenizer, mesh: Mesh) -> Task:
+    """Maximum likelihood: the mean over all response tokens of the minibatch."""
+
+    def make_loss(whole: SFTBatch) -> Loss:
+        count = int(whole.response_mask.sum())
+
+        def loss(output: Tensor, batch: SFTBatch) -> tuple[Tensor, Tensor]:
+            log_probs, entropies = output.unbind(-1)
+            weights = token_weights(batch.response_mask, loss_mean="token", count=count)
+            value = lm_loss(log_probs, weights)
+            return value, torch.stack((value.detach(), weighted_sum(entropies, weights)))
+
+        return loss
+
+    return Task(
+        group="sft",
+        collate=lambda rows: collate_sft(rows, tokenizer.pad_id).to(mesh.device),
+        forward=token_log_probs,
+        make_loss=make_loss,
+        num_sums=2,
+        summarise=lambda sums: {"loss": sums[0].item(), "entropy": sums[1].item()},
+    )

@@ -1,0 +1,141 @@
+"""The loop that sft, dpo and reward share: rows in random order, optimizer steps, evaluation, a checkpoint."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
+from rto_megatron.config.run import DPORun, RewardRun, SFTRun
+from rto_megatron.data.sampler import batch_rows, shard
+from rto_megatron.distributed.collectives import gather_over_data
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.optimizer import Trainable
+from rto_megatron.distributed.rows import share_of
+from rto_megatron.distributed.step import Forward, Loss, score, train_step
+from rto_megatron.errors import DataError
+from rto_megatron.stages.run import Clock, Run, check_divides, with_prefix
+
+Row = TypeVar("Row")
+SupervisedRun = SFTRun | DPORun | RewardRun
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned from a batch of rows."""
+
+    group: str
+    """Of the metric names."""
+    collate: Callable[[Sequence[Any]], Any]
+    """Rows -> a record on this rank's device."""
+    forward: Forward
+    make_loss: Callable[[Any], Loss]
+    """The whole minibatch, before it is cut -> the loss of a microbatch of it."""
+    num_sums: int
+    """Length of what the loss reports."""
+    summarise: Callable[[Tensor], dict[str, float]]
+    """[num_sums] summed over anything -> metrics by name."""
+    rows_per_item: int = 1
+    """2 for pairs, whose two rows stay together."""
+
+
+def num_steps(num_rows: int, config: SupervisedRun) -> int:
+    """Optimizer steps of the whole training.
+
+    Raises:
+        DataError: there are fewer rows than one batch takes.
+    """
+    if num_rows < config.train.batch_size:
+        raise DataError(
+            f"data.train {config.data.train}: {num_rows} rows are left, fewer than train.batch_size "
+            f"{config.train.batch_size}; bring more rows or take smaller batches"
+        )
+    steps = config.train.num_epochs * num_rows // config.train.batch_size
+    return min(steps, config.train.max_steps or steps)
+
+
+def size_table(config: SupervisedRun, num_rows: int, num_eval_rows: int, mesh: Mesh) -> list[tuple[str, object]]:
+    """The start table: what follows from the config."""
+    per_rank = config.train.batch_size // mesh.data.size
+    return [
+        ("rows", num_rows),
+        ("held-out rows", num_eval_rows),
+        ("rows per optimizer step", config.train.batch_size),
+        ("of these per replica", per_rank),
+        ("optimizer steps", num_steps(num_rows, config)),
+    ]
+
+
+def fit(
+    trainable: Trainable,
+    task: Task,
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    config: SupervisedRun,
+    mesh: Mesh,
+    run: Run,
+) -> dict[str, float]:
+    """Train on `rows`; the last evaluation is returned."""
+    check_divides("train.batch_size", config.train.batch_size, mesh)
+    total, clock, held_out = num_steps(len(rows), config), Clock(), {}
+    warmup = math.ceil(config.optimizer.warmup_frac * total)
+    with run.console.progress(task.group, total=total) as progress:
+        for step in range(total):
+            picked = batch_rows(len(rows), config.train.batch_size, seed=config.seed, step=step)
+            batch = task.collate([rows[i] for i in picked])
+            lr = cosine_with_min_lr(
+                step + 1,
+                peak=config.optimizer.lr,
+                min_lr_frac=config.optimizer.min_lr_frac,
+                warmup_steps=warmup,
+                num_steps=total,
+            )
+            with clock.phase("update"):
+                result = train_step(
+                    trainable,
+                    batch.rows(shard(len(batch), rank=mesh.data.rank, world=mesh.data.size)),
+                    task.forward,
+                    task.make_loss(batch),
+                    mesh,
+                    micro_batch_size=config.compute.micro_batch_size * task.rows_per_item,
+                    lr=lr,
+                    num_sums=task.num_sums,
+                    unit=task.rows_per_item,
+                )
+            numbers = task.summarise(result.sums)
+            last = step + 1 == total
+            if eval_rows and (last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0)):
+                with clock.phase("evaluate"):
+                    held_out = evaluate(trainable, task, eval_rows, config, mesh)
+            seconds = clock.take()
+            run.log.write(
+                step,
+                with_prefix(f"{task.group}/", numbers)
+                | (with_prefix(f"{task.group}/eval_", held_out) if "time/evaluate_seconds" in seconds else {})
+                | {"optimizer/grad_norm": result.grad_norm, "optimizer/learning_rate": lr}
+                | {"speed/tokens_per_second": int(batch.num_tokens.sum()) / seconds["time/step_seconds"]}
+                | seconds,
+            )
+            progress.done(step, numbers)
+    if held_out:
+        run.console.say(f"held out: {'  '.join(f'{name} {value:.4g}' for name, value in held_out.items())}")
+    return held_out
+
+
+def evaluate(trainable: Trainable, task: Task, rows: Sequence[Row], config: SupervisedRun, mesh: Mesh) -> dict[str, float]:
+    """The task's metrics on held-out rows, each counted once."""
+    batch = task.collate(rows)
+    outputs = score_rows(trainable.model, batch, task.forward, config, mesh, unit=task.rows_per_item)
+    return task.summarise(task.make_loss(batch)(outputs, batch)[1].double())
+
+
+def score_rows(model: Any, batch: Any, forward: Forward, config: SupervisedRun, mesh: Mesh, *, unit: int = 1) -> Tensor:
+    """`forward` of all rows, shared out over the replicas; all rows on every rank."""
+    index = [unit * i + j for i in share_of(len(batch) // unit, mesh) for j in range(unit)]
+    picked = batch.rows(index)
+    local = score(model, picked, forward, mesh, micro_batch_size=config.compute.score_micro_batch_size)
+    whole = local.new_zeros(len(index), batch.tokens.shape[1], *local.shape[2:])
+    whole[:, : local.shape[1]] = local
+    return gather_over_data(whole, mesh)[: len(batch)]

@@ -1,0 +1,144 @@
+"""PPO's updates of policy and critic on the experience of one step."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
+from rto_megatron.algorithms.masked import loss_count, token_weights
+from rto_megatron.algorithms.ppo import entropy_bonus, policy_loss, value_loss
+from rto_megatron.algorithms.reward_model import state_values
+from rto_megatron.batch import Experience
+from rto_megatron.config.algorithm import PPOConfig
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.config.run import RTORun
+from rto_megatron.data.sampler import shard
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.step import Loss, StepResult, head_outputs, token_log_probs, train_step
+from rto_megatron.metrics import Mean, merge, take
+from rto_megatron.stages.actors import Actors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the samples of a step become optimizer steps."""
+
+    minibatches_per_step: int
+    num_optimizer_steps: int
+    """Over the whole run."""
+
+
+def plan_updates(config: RTORun) -> Plan:
+    """What follows from the three batch numbers."""
+    samples = config.prompts_per_step * config.samples_per_prompt
+    per_step = config.ppo.num_epochs * samples // config.samples_per_optimizer_step
+    return Plan(minibatches_per_step=per_step, num_optimizer_steps=per_step * config.num_steps)
+
+
+def minibatch_rows(num_rows: int, config: RTORun, *, step: int) -> list[list[int]]:
+    """Rows of each minibatch of a step: a random order of all rows an epoch, the same on every rank."""
+    size, minibatches = config.samples_per_optimizer_step, []
+    for epoch in range(config.ppo.num_epochs):
+        key = hashlib.sha256(f"minibatches/{config.seed}/{step}/{epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+        order = torch.randperm(num_rows, generator=generator).tolist()
+        minibatches += [order[start : start + size] for start in range(0, num_rows, size)]
+    return minibatches
+
+
+def update(actors: Actors, experience: Experience, config: RTORun, mesh: Mesh, *, step: int) -> dict[str, float]:
+    """One pass or more over the experience: an optimizer step of policy and critic a minibatch."""
+    plan, reports, rates = plan_updates(config), [], {}
+    for number, rows in enumerate(minibatch_rows(len(experience), config, step=step)):
+        whole = experience.rows(rows)
+        mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
+        count = int(loss_count(whole.response_mask, config.ppo.loss_mean))
+        done = step * plan.minibatches_per_step + number
+        common = {"mesh": mesh, "micro_batch_size": config.compute.micro_batch_size}
+        lr = learning_rate(config.optimizer, done, plan)
+        loss = make_policy_loss(config.ppo, count)
+        result = train_step(actors.policy, mine, token_log_probs, loss, lr=lr, num_sums=6, **common)
+        reports.append(_policy_report(result))
+        rates["optimizer/policy_learning_rate"] = lr
+        if actors.critic:
+            lr = learning_rate(config.critic_optimizer, done, plan)
+            loss = make_value_loss(config.ppo, count)
+            result = train_step(actors.critic, mine, head_outputs, loss, lr=lr, num_sums=3, **common)
+            reports.append(_critic_report(result))
+            rates["optimizer/critic_learning_rate"] = lr
+    return take(merge(reports)) | rates
+
+
+def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:
+    """Of the optimizer step that follows `done` others."""
+    return cosine_with_min_lr(
+        done + 1,
+        peak=config.lr,
+        min_lr_frac=config.min_lr_frac,
+        warmup_steps=math.ceil(config.warmup_frac * plan.num_optimizer_steps),
+        num_steps=plan.num_optimizer_steps,
+    )
+
+
+def make_policy_loss(config: PPOConfig, count: int) -> Loss:
+    """The clipped surrogate, less the entropy bonus; `count` is that of the whole minibatch."""
+
+    def loss(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        log_probs, entropies = output.unbind(-1)
+        weights = token_weights(batch.response_mask, loss_mean=config.loss_mean, count=count)
+        result = policy_loss(
+            log_probs=log_probs,
+            old_log_probs=batch.old_log_probs,
+            advantages=batch.advantages,
+            weights=weights,
+            clip=config.clip,
+        )
+        bonus = entropy_bonus(entropies, weights)
+        # at 0 it must not touch the gradient's bits
+        value = result.loss - config.entropy_coef * bonus if config.entropy_coef else result.loss
+        entropy = entropies.detach().where(batch.response_mask, 0.0).sum()
+        sums = (result.num_tokens, result.num_clipped, result.ratio_sum, result.kl_sum, entropy)
+        return value, torch.stack([value.detach(), *(x.float() for x in sums)])
+
+    return loss
+
+
+def make_value_loss(config: PPOConfig, count: int) -> Loss:
+    """The clipped squared error of the values; `count` is that of the whole minibatch."""
+
+    def loss(output: Tensor, batch: Experience) -> tuple[Tensor, Tensor]:
+        result = value_loss(
+            values=state_values(output),
+            old_values=batch.old_values,
+            returns=batch.returns,
+            weights=token_weights(batch.response_mask, loss_mean=config.loss_mean, count=count),
+            clip=config.value_clip,
+        )
+        value = config.value_coef * result.loss
+        return value, torch.stack([value.detach(), result.num_tokens.float(), result.num_clipped.float()])
+
+    return loss
+
+
+def _policy_report(result: StepResult) -> dict[str, Mean]:
+    loss, num_tokens, num_clipped, ratio, kl, entropy = result.sums.tolist()
+    return {
+        "ppo/loss": Mean(loss, 1),
+        "ppo/ratio_mean": Mean(ratio, num_tokens),
+        "ppo/clip_frac": Mean(num_clipped, num_tokens),
+        "ppo/approx_kl": Mean(kl, num_tokens),
+        "ppo/entropy": Mean(entropy, num_tokens),
+        "optimizer/policy_grad_norm": Mean(result.grad_norm, 1),
+    }
+
+
+def _critic_report(result: StepResult) -> dict[str, Mean]:
+    loss, num_tokens, num_clipped = result.sums.tolist()
+    return {
+        "critic/loss": Mean(loss, 1),
+        "critic/clip_frac": Mean(num_clipped, num_tokens),
+        "optimizer/critic_grad_norm": Mean(result.grad_norm, 1),
+    }

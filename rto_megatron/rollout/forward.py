@@ -68,7 +68,8 @@ class ForwardPass:
         self._model = model
         self._tensor, self._pipeline = model.pg_collection.tp, model.pg_collection.pp
         self._layers = [_Layer.of(layer) for layer in model.decoder.layers]
-        self._hidden_size, self._epsilon, self._dtype = config.hidden_size, config.layernorm_epsilon, config.params_dtype
+        self._hidden_size, self._dtype = config.hidden_size, config.params_dtype
+        self._epsilon = config.layernorm_epsilon
         self._num_groups = config.num_query_groups
         self._num_local_groups = attention.num_query_groups_per_partition
         self._heads_per_group = config.num_attention_heads // config.num_query_groups

@@ -45,9 +45,7 @@ class Rows:
         return [i for i, (t, k, p) in enumerate(settings) if t > 0 and (k > 0 or p < 1)]
 
 
-def sample(
-    logits: Tensor, rows: Rows, *, first_id: int, banned: Tensor, group: ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, rows: Rows, *, first_id: int, banned: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     """Draw one token a row.
 
     Args:

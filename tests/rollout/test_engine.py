@@ -122,7 +122,7 @@ def scramble(model):
 
 def compare_with_training_forward(parallel, architecture):
     """Largest difference of log-probs over three temperatures, and whether training goes on as before."""
-    model, config = make_model(parallel, **architecture)
+    model, _ = make_model(parallel, **architecture)
     with torch.no_grad():
         scramble(model)
     model.train()
@@ -222,7 +222,8 @@ def edge_cases():
             engine.generate([request, Request(uid=9, prompt=prompt, max_new_tokens=1, seed=0)])
         except DataError as error:
             messages.append(str(error))
-    return list(engine.generate([request]))[0], list(engine.generate([])), messages
+    (completion,) = engine.generate([request])
+    return completion, list(engine.generate([])), messages
 
 
 def test_the_models_window_truncates_and_prompts_that_do_not_fit_are_refused_before_anything_runs():

@@ -162,7 +162,7 @@ def plain_gumbel(seed, index, token):
 
 
 def test_a_request_seed_is_frozen_and_tells_every_part_of_its_key_apart():
-    assert request_seed(1, 2, 3, 4) == 0xa30df9e88cc1328e >> 1  # sha256 of "1/2/3/4"
+    assert request_seed(1, 2, 3, 4) == 0xA30DF9E88CC1328E >> 1  # sha256 of "1/2/3/4"
     keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 11, 1), (0, 0, 1, 11)]
     seeds = {request_seed(*key) for key in keys}
     assert len(seeds) == len(keys)

@@ -13,7 +13,8 @@ from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import build_model
 from rto_megatron.models.hf_config import config_from_hf
-from rto_megatron.models.hf_weights import load_hf, save_hf
+from rto_megatron.models.hf_export import save_hf
+from rto_megatron.models.hf_weights import load_hf
 from rto_megatron.stages.roles import load_role, tokenizer_of
 
 

@@ -18,7 +18,8 @@ from rto_megatron.distributed.step import score, token_log_probs
 from rto_megatron.errors import CheckpointError
 from rto_megatron.models.gpt import build_model
 from rto_megatron.models.hf_config import config_from_hf, config_to_hf
-from rto_megatron.models.hf_weights import load_hf, save_hf
+from rto_megatron.models.hf_export import save_hf
+from rto_megatron.models.hf_weights import load_hf
 from tests.ranks import run_ranks
 
 VOCAB = 131

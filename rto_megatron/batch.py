@@ -28,7 +28,9 @@ class _Rows:
                 continue
             want = shape if value.dim() == 2 else shape[:1]
             if tuple(value.shape) != want:
-                raise ValueError(f"{type(self).__name__}.{field.name} must match tokens {shape}, got {tuple(value.shape)}")
+                raise ValueError(
+                    f"{type(self).__name__}.{field.name} must match tokens {shape}, got {tuple(value.shape)}"
+                )
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

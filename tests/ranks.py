@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -33,10 +34,9 @@ from torch.distributed import TCPStore
 
 PRELOAD = (
     "torch",
-    "megatron.core",
-    "megatron.core.models.gpt",
     "megatron.core.dist_checkpointing",
-    "rto_megatron.distributed.mesh",
+    "rto_megatron.stages.rto",
+    "rto_megatron.stages.sft",
 )
 """What the fork server imports once for all ranks; none of it starts a thread."""
 
@@ -160,6 +160,7 @@ def _be_rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world: in
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",  # torch's word for: the store is there already, rank 0 need not open it
     )
+    warnings.simplefilter("error")  # as in the test process; start_runtime then lists third parties' with reasons
     try:
         torch.save(fn(*args), _result_file(folder, rank))
     except BaseException:

@@ -61,7 +61,9 @@ class RTOConfig:
         if self.score_clip <= 0:
             raise ValueError(f"rto.score_clip must be positive, got {self.score_clip}")
         if self.kl_target is not None and self.kl_target <= 0:
-            raise ValueError(f"rto.kl_target must be positive or null, got {self.kl_target}; use null for a fixed kl_coef")
+            raise ValueError(
+                f"rto.kl_target must be positive or null, got {self.kl_target}; use null for a fixed kl_coef"
+            )
         if self.kl_horizon < 1:
             raise ValueError(f"rto.kl_horizon must be 1 or more, got {self.kl_horizon}")
 
@@ -106,7 +108,9 @@ class PPOConfig:
         if self.clip <= 0:
             raise ValueError(f"ppo.clip must be positive, got {self.clip}")
         if self.value_clip is not None and self.value_clip <= 0:
-            raise ValueError(f"ppo.value_clip must be positive or null, got {self.value_clip}; use null for no clipping")
+            raise ValueError(
+                f"ppo.value_clip must be positive or null, got {self.value_clip}; use null for no clipping"
+            )
         for name in ("value_coef", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")

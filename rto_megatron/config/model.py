@@ -65,7 +65,14 @@ class ModelConfig:
     """The Hugging Face class that the weights came from or go to."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "max_length"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "max_length",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be 1 or more, got {getattr(self, name)}")
         if self.vocab_size < 0:

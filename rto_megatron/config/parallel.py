@@ -23,7 +23,9 @@ class ParallelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be 1 or more, got {getattr(self, name)}")
         if self.sequence and self.tensor == 1:
-            raise ValueError("parallel.sequence needs parallel.tensor > 1, got tensor 1; set parallel.sequence to false")
+            raise ValueError(
+                "parallel.sequence needs parallel.tensor > 1, got tensor 1; set parallel.sequence to false"
+            )
 
     def data(self, world: int) -> int:
         """Data-parallel size in a world of that many ranks."""
@@ -41,7 +43,9 @@ class ParallelConfig:
                 raise ConfigError(f"parallel.tensor must divide model.{name} {getattr(model, name)}, got {self.tensor}")
         groups = model.num_query_groups
         if groups % self.tensor and self.tensor % groups:
-            raise ConfigError(f"parallel.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}")
+            raise ConfigError(
+                f"parallel.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}"
+            )
         if model.num_layers % self.pipeline:
             raise ConfigError(f"parallel.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
 

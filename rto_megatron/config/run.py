@@ -150,7 +150,9 @@ class RTORun:
         if self.rto.dpo_coef == 0 and self.rto.score_coef == 0:
             raise ValueError("rto.dpo_coef and rto.score_coef are both 0: there is nothing to learn; set one of them")
         if self.rollout.temperature == 0:
-            raise ValueError("rollout.temperature must be positive in training, got 0 (greedy samples have no log-probs)")
+            raise ValueError(
+                "rollout.temperature must be positive in training, got 0 (greedy samples have no log-probs)"
+            )
         if self.rollout.top_k or self.rollout.top_p < 1:
             raise ValueError(
                 "rollout.top_k and rollout.top_p must be 0 and 1 in training, got "

@@ -26,8 +26,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
-from rto_megatron.distributed.collectives import barrier, broadcast_object, gather_objects
-from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.collectives import broadcast_object, gather_objects
 from rto_megatron.distributed.runtime import is_main, rank, world_size
 from rto_megatron.errors import CheckpointError
 
@@ -78,7 +77,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raw = json.loads((folder / "checkpoint.json").read_text())
         integrity = (folder / "integrity.json").read_bytes()
     except FileNotFoundError as missing:
-        raise CheckpointError(f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing") from None
+        raise CheckpointError(
+            f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing"
+        ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/checkpoint.json: cannot be read ({error})") from None
     if raw.pop("format", None) != FORMAT:
@@ -152,7 +153,9 @@ def _all_or_none(draft: Path) -> Any:
     if reasons:
         if is_main():
             shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(f"{draft}: the checkpoint could not be written, the one before is untouched ({reasons[0]})")
+        raise CheckpointError(
+            f"{draft}: the checkpoint could not be written, the one before is untouched ({reasons[0]})"
+        )
 
 
 def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> bool:
@@ -209,7 +212,9 @@ def _verify(checkpoint: Checkpoint) -> None:
     have = _hash_files(checkpoint.folder)
     for name, digest in sorted(want.items()):
         if name not in have:
-            raise CheckpointError(f"{checkpoint.folder / name}: is missing; the checkpoint is damaged, restore it or train again")
+            raise CheckpointError(
+                f"{checkpoint.folder / name}: is missing; the checkpoint is damaged, restore it or train again"
+            )
         if have[name] != digest:
             raise CheckpointError(
                 f"{checkpoint.folder / name}: changed since it was saved; the checkpoint is damaged, restore it or train again"

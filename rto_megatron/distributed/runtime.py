@@ -7,6 +7,7 @@ Importing this module starts nothing. A command calls `prepare_imports` before i
 import importlib
 import importlib.util
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,8 +23,19 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up; a checkpoint on a slow disk takes minutes."""
 
 QUIET_WARNINGS = (
-    ("Transformer Engine and Apex are not installed", "the CPU adapter or Transformer Engine brings the optimizer"),
+    ("Transformer Engine and Apex are not installed", "our Adam stands in for theirs"),
     ("Apex is not installed", "we bring our own norm"),
+    ("The 'megatron.core.transformer.custom_layers", "Megatron imports a name of its own that it deprecated"),
+    ("The following imports from `dynamic_context.py`", "likewise"),
+    ("`torch.jit.script", "Megatron scripts its fused kernels at import"),
+    ("Warning: tp_group is None", "Megatron's linear layers ask for the group that they were given"),
+    ("full scope is deprecated", "Megatron's default of an option that we do not set"),
+    ("The .grad attribute of a Tensor that is not a leaf", "Megatron clears gradients of the slices it optimizes"),
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", "Megatron calls it by the name that older torch has"),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", "likewise"),
+    ("`load_state_dict` is deprecated", "Megatron reads checkpoints through torch's older function"),
+    ("MLP requires ffn_hidden_size, but it was not provided", "Megatron takes it from the config, as it should"),
+    ("Please use DTensor instead", "Megatron writes checkpoints with torch's older class"),
 )
 """(start of a third party's warning, why a user need not read it)."""
 
@@ -58,7 +70,7 @@ def prepare_imports() -> None:
     """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras."""
     check_transformer_engine()
     for start, _why in QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message=start)
+        warnings.filterwarnings("ignore", message=re.escape(start))
 
 
 def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
@@ -72,6 +84,8 @@ def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> R
     if _running is not None:
         return _running
     prepare_imports()
+    # Megatron wants it with tensor parallelism: else kernels may start in another order than they were meant to overlap.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
         runtime = Runtime(_take_gpu(), "nccl", check_transformer_engine())

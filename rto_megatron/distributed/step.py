@@ -135,7 +135,13 @@ def train_step(
 
 
 def _run(
-    model: MegatronModule, micros: Sequence[Batch], forward: Forward, loss: Loss | None, mesh: Mesh, *, forward_only: bool
+    model: MegatronModule,
+    micros: Sequence[Batch],
+    forward: Forward,
+    loss: Loss | None,
+    mesh: Mesh,
+    *,
+    forward_only: bool,
 ) -> list[Tensor]:
     """Megatron's schedule over the microbatches; on the last stage a tensor for each, else nothing."""
 

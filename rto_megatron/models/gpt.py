@@ -41,7 +41,9 @@ class PolicyModel(GPTModel):
     """Ids that have probability 0 in sampling and in log-probs alike: the pad id."""
     max_length: int
 
-    def _postprocess(self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any) -> Tensor:
+    def _postprocess(
+        self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any
+    ) -> Tensor:
         """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
 
         Only positions that predict a token of `loss_mask` [B, T] go through the output layer.

@@ -35,7 +35,9 @@ def run(config: DPORun, runtime: Runtime) -> None:
     check_window(config.data.max_length, parent.manifest.model)
     limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
     rows, dropped = read_preferences(config.data.train, tokenizer, **limits)
-    held_out, eval_dropped = read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
+    held_out, eval_dropped = (
+        read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
+    )
     steps = num_steps(len(rows), config)
 
     with open_run(config, "dpo", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:

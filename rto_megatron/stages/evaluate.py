@@ -10,7 +10,7 @@ from rto_megatron.algorithms.rewards import shape_token_rewards
 from rto_megatron.config.run import EvaluateRun
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.metrics import Console, format_number
 from rto_megatron.stages.actors import check_window, load_judges
@@ -139,7 +139,9 @@ def _show(
     tokenizer: Tokenizer,
     config: EvaluateRun,
 ) -> None:
-    console.table(f"held out: {len(prompts)} prompts", list(COLUMNS), [[row[name] for name in COLUMNS] for row in table])
+    console.table(
+        f"held out: {len(prompts)} prompts", list(COLUMNS), [[row[name] for name in COLUMNS] for row in table]
+    )
     texts = [_responses(row, tokenizer) for row in rows]
     for i, prompt in enumerate(prompts[: config.num_shown]):
         console.say(f"\nprompt {i + 1}: {prompt.text}")

@@ -66,9 +66,7 @@ def answer(
         seed=config.seed,
         step=EVALUATION,
     )
-    signals = score_rollout(
-        local, policy=policy, critic=None, judges=judges, config=config, mesh=mesh
-    )
+    signals = score_rollout(local, policy=policy, critic=None, judges=judges, config=config, mesh=mesh)
     count = range(len(prompts))
     return Answers(rollout=gather_rows(local, mesh).rows(count), signals=gather_rows(signals, mesh).rows(count))
 
@@ -87,9 +85,7 @@ class HeldOut:
         if config.data.eval is None:
             return cls([], config, mesh)
         limit = config.rollout.max_prompt_tokens
-        prompts, _ = read_prompts(
-            config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long
-        )
+        prompts, _ = read_prompts(config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long)
         return cls(prompts, config, mesh)
 
     def measure(self, actors: Actors, *, step: int, clock: Clock) -> dict[str, float]:

@@ -1,94 +1,138 @@
 """Reinforced token optimization (arXiv 2404.18922, algorithm 1); with dpo_coef 0 it is PPO."""
 
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from rto_megatron.algorithms.kl import adapt_kl_coef
+from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.collate import prompt_batch
-from rto_megatron.data.readers import PromptRow, read_prompts
+from rto_megatron.data.readers import Dropped, PromptRow, read_prompts
 from rto_megatron.data.sampler import batch_rows, shard
 from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.errors import DataError
-from rto_megatron.rollout.experience import make_experience, sentence_end_ids
+from rto_megatron.rollout.experience import Credit, make_experience, sentence_end_ids
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.held_out import HeldOut
-from rto_megatron.stages.rto_metrics import credit_metrics, rollout_metrics, signal_metrics, speed_metrics
+from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock, check_divides, open_run
 from rto_megatron.stages.update import plan_updates, update
+
+SHOWN = {
+    "reward": "reward/total_sum",
+    "score": "reward/score_sum",
+    "kl": "kl/sequence",
+    "length": "length/response_mean",
+    "clipped": "ppo/clip_frac",
+    "seconds": "time/step_seconds",
+}
+"""Beside the progress bar: label -> metric."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What stays the same from step to step."""
+
+    mesh: Mesh
+    actors: Actors
+    prompts: list[PromptRow]
+    sentence_ends: Tensor | None
+    """[V] bool, ids that close a sentence; for `rto.shaping: sentence` only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What one step produced: all replicas' rows, on every rank."""
+
+    rollout: Rollout
+    signals: Signals
+    experience: Experience
+    credit: Credit
+    losses: dict[str, float]
 
 
 def run(config: RTORun, runtime: Runtime) -> None:
     """Sample, give every token its reward, and update policy and critic, `num_steps` times."""
-    mesh = build_mesh(config.parallel, runtime, seed=config.seed)
-    check_divides("prompts_per_step x samples_per_prompt", config.prompts_per_step * config.samples_per_prompt, mesh)
-    check_divides("samples_per_optimizer_step", config.samples_per_optimizer_step, mesh)
-    actors = load_actors(config, mesh)
-    tokenizer = actors.tokenizer
-    prompts, dropped = read_prompts(
-        config.data.train,
-        tokenizer,
-        max_prompt_tokens=config.rollout.max_prompt_tokens,
-        too_long=config.data.too_long,
-    )
-    check_enough(prompts, config)
-    held_out = HeldOut.of_run(config, tokenizer, mesh)
-    ends = None
-    if config.rto.shaping == "sentence":
-        ends = sentence_end_ids([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]).to(mesh.device)
-    kl_coef, clock = config.rto.kl_coef, Clock()
-
-    with open_run(config, "rto" if config.rto.dpo_coef else "ppo", mesh, size_table(config, len(prompts), mesh)) as running:
+    setup, dropped = prepare(config, runtime)
+    actors, kl_coef, clock = setup.actors, config.rto.kl_coef, Clock()
+    held_out = HeldOut.of_run(config, actors.tokenizer, setup.mesh)
+    name = stage_name(config)
+    with open_run(config, name, setup.mesh, size_table(config, len(setup.prompts), setup.mesh)) as running:
         running.console.say(f"prompts: {dropped}")
-        with running.console.progress("rto", total=config.num_steps) as progress:
+        with running.console.progress(name, total=config.num_steps) as progress:
             for step in range(config.num_steps):
-                before = held_out.measure(actors, step=step, clock=clock)
-                picked = batch_rows(len(prompts), config.prompts_per_step, seed=config.seed, step=step)
-                batch = prompt_batch([prompts[i] for i in picked], samples_per_prompt=config.samples_per_prompt)
-                mine = batch.rows(shard(len(batch), rank=mesh.data.rank, world=mesh.data.size))
-                with clock.phase("generate"):
-                    local = generate(
-                        actors.policy.model,
-                        mine,
-                        config.rollout,
-                        eos_id=tokenizer.eos_id,
-                        pad_id=tokenizer.pad_id,
-                        seed=config.seed,
-                        step=step,
-                    )
-                with clock.phase("score"):
-                    said = score_rollout(
-                        local,
-                        policy=actors.policy.model,
-                        critic=actors.critic.model if actors.critic else None,
-                        judges=actors.judges,
-                        config=config,
-                        mesh=mesh,
-                    )
-                    rollout, signals = gather_rows(local, mesh), gather_rows(said, mesh)
-                with clock.phase("advantage"):
-                    experience, credit = make_experience(
-                        rollout, signals, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=ends
-                    )
-                    numbers = rollout_metrics(rollout, signals) | signal_metrics(rollout, signals, config.rto)
-                    numbers |= credit_metrics(rollout, experience, credit) | {"kl/coef": kl_coef}
-                with clock.phase("update"):
-                    losses = update(actors, experience, config, mesh, step=step)
+                evaluation = held_out.measure(actors, step=step, clock=clock)
+                done = take_step(setup, config, step=step, kl_coef=kl_coef, clock=clock)
+                numbers = step_metrics(done.rollout, done.signals, done.experience, done.credit, config.rto)
+                seconds = clock.take()
+                numbers |= done.losses | speed_metrics(done.rollout, seconds) | seconds | {"kl/coef": kl_coef}
+                running.log.write(step, evaluation | numbers)
+                progress.done(step, {label: numbers[metric] for label, metric in SHOWN.items()})
                 kl_coef = adapt_kl_coef(
                     kl_coef,
                     observed_kl=numbers["kl/sequence"],
                     target=config.rto.kl_target,
                     horizon=config.rto.kl_horizon,
-                    num_samples=len(rollout),
+                    num_samples=len(done.rollout),
                 )
-                seconds = clock.take()
-                running.log.write(step, before | numbers | losses | speed_metrics(rollout, seconds) | seconds)
-                progress.done(step, _shown(numbers, losses, seconds))
-        after = held_out.measure(actors, step=config.num_steps, clock=clock)
-        folder = save_checkpoint(config.run_dir, _manifest(config, actors), _models(actors), tokenizer.save)
-        running.log.write(config.num_steps, after | clock.take())
+        evaluation = held_out.measure(actors, step=config.num_steps, clock=clock)
+        with clock.phase("save"):
+            folder = save_checkpoint(config.run_dir, _manifest(config, actors), _models(actors), actors.tokenizer.save)
+        running.log.write(config.num_steps, evaluation | clock.take())
         running.console.say(f"checkpoint: {folder}")
+
+
+def prepare(config: RTORun, runtime: Runtime) -> tuple[Setup, Dropped]:
+    """Roles and prompts, checked against each other and against the layout."""
+    mesh = build_mesh(config.parallel, runtime, seed=config.seed)
+    check_divides("prompts_per_step x samples_per_prompt", config.prompts_per_step * config.samples_per_prompt, mesh)
+    check_divides("samples_per_optimizer_step", config.samples_per_optimizer_step, mesh)
+    actors = load_actors(config, mesh)
+    limit = config.rollout.max_prompt_tokens
+    prompts, dropped = read_prompts(
+        config.data.train, actors.tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long
+    )
+    check_enough(prompts, config)
+    ends = None
+    if config.rto.shaping == "sentence":
+        pieces = [actors.tokenizer.decode([i]) for i in range(actors.tokenizer.vocab_size)]
+        ends = sentence_end_ids(pieces).to(mesh.device)
+    return Setup(mesh=mesh, actors=actors, prompts=prompts, sentence_ends=ends), dropped
+
+
+def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock: Clock) -> Step:
+    """One round of the algorithm: prompts, rollout, signals, experience, update."""
+    actors, mesh, tokenizer = setup.actors, setup.mesh, setup.actors.tokenizer
+    picked = batch_rows(len(setup.prompts), config.prompts_per_step, seed=config.seed, step=step)
+    prompts = prompt_batch([setup.prompts[i] for i in picked], samples_per_prompt=config.samples_per_prompt)
+    with clock.phase("generate"):
+        mine = generate(
+            actors.policy.model,
+            prompts.rows(shard(len(prompts), rank=mesh.data.rank, world=mesh.data.size)),
+            config.rollout,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            seed=config.seed,
+            step=step,
+        )
+    with clock.phase("score"):
+        critic = actors.critic.model if actors.critic else None
+        said = score_rollout(
+            mine, policy=actors.policy.model, critic=critic, judges=actors.judges, config=config, mesh=mesh
+        )
+        rollout, signals = gather_rows(mine, mesh), gather_rows(said, mesh)
+    with clock.phase("advantage"):
+        experience, credit = make_experience(
+            rollout, signals, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends
+        )
+    with clock.phase("update"):
+        losses = update(actors, experience, config, mesh, step=step)
+    return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, losses=losses)
 
 
 def check_enough(prompts: list[PromptRow], config: RTORun) -> None:
@@ -116,15 +160,9 @@ def size_table(config: RTORun, num_prompts: int, mesh: Mesh) -> list[tuple[str, 
     ]
 
 
-def _shown(numbers: dict[str, float], losses: dict[str, float], seconds: dict[str, float]) -> dict[str, float]:
-    return {
-        "reward": numbers["reward/total_sum"],
-        "score": numbers["reward/score_sum"],
-        "kl": numbers["kl/sequence"],
-        "length": numbers["length/response_mean"],
-        "clipped": losses["ppo/clip_frac"],
-        "seconds": seconds["time/step_seconds"],
-    }
+def stage_name(config: RTORun) -> str:
+    """PPO is RTO whose DPO coefficient is 0."""
+    return "rto" if config.rto.dpo_coef else "ppo"
 
 
 def _models(actors: Actors) -> dict:
@@ -135,7 +173,7 @@ def _models(actors: Actors) -> dict:
 def _manifest(config: RTORun, actors: Actors) -> Manifest:
     first = actors.parents["policy"].manifest
     return Manifest(
-        stage="rto" if config.rto.dpo_coef else "ppo",
+        stage=stage_name(config),
         step=config.num_steps,
         roles=tuple(_models(actors)),
         model=first.model,

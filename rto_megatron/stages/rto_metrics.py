@@ -11,6 +11,17 @@ from rto_megatron.metrics import Max, Mean, take
 from rto_megatron.rollout.experience import Credit
 
 
+def step_metrics(
+    rollout: Rollout, signals: Signals, experience: Experience, credit: Credit, config: RTOConfig
+) -> dict[str, float]:
+    """All that the rows of a step say."""
+    return (
+        rollout_metrics(rollout, signals)
+        | signal_metrics(rollout, signals, config)
+        | credit_metrics(rollout, experience, credit)
+    )
+
+
 def rollout_metrics(rollout: Rollout, signals: Signals) -> dict[str, float]:
     """Lengths, and how far the decoding forward is from the training forward."""
     responses = rollout.response_mask.sum(-1)

@@ -124,7 +124,9 @@ def fit(
     return held_out
 
 
-def evaluate(trainable: Trainable, task: Task, rows: Sequence[Row], config: SupervisedRun, mesh: Mesh) -> dict[str, float]:
+def evaluate(
+    trainable: Trainable, task: Task, rows: Sequence[Row], config: SupervisedRun, mesh: Mesh
+) -> dict[str, float]:
     """The task's metrics on held-out rows, each counted once."""
     batch = task.collate(rows)
     outputs = score_rows(trainable.model, batch, task.forward, config, mesh, unit=task.rows_per_item)

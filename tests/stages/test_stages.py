@@ -1,0 +1,81 @@
+"""Every stage end to end for a few steps, on one rank and on two."""
+
+import json
+
+import pytest
+
+from rto_megatron.metric_names import METRICS
+from tests.ranks import run_ranks
+from tests.stages.chain import run_stage
+
+
+def rows_of(run_dir):
+    return [json.loads(line) for line in (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_dpo_and_reward_learn_what_they_were_shown(chain):
+    for run, loss in (("sft", "sft/loss"), ("dpo", "dpo/loss"), ("reward", "reward_model/loss")):
+        rows = rows_of(chain / run)
+        assert rows[-1][loss] < rows[0][loss]
+    assert rows_of(chain / "dpo")[0]["dpo/loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is its reference
+
+
+def test_a_checkpoint_names_its_parent(chain):
+    manifests = {}
+    for run in ("sft", "dpo", "reward"):
+        folder = chain / run / "checkpoints"
+        manifests[run] = json.loads((folder / (folder / "latest.txt").read_text().strip() / "checkpoint.json").read_text())
+    assert manifests["dpo"]["parents"].keys() == {"reference"}
+    assert manifests["reward"]["score_std"] > 0
+    assert len({m["tokenizer"] for m in manifests.values()}) == 1
+
+
+def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
+    run_ranks(run_stage, 2, "rto", chain, [f"--run_dir={tmp_path}", "--parallel.tensor=2"])
+    rows = rows_of(tmp_path)
+    assert len(rows) == 3  # two steps, and the evaluation after them
+    wanted = {name for name in METRICS if name.split("/")[0] in {"reward", "kl", "advantage", "critic", "ppo", "length"}}
+    assert wanted <= rows[0].keys()
+    assert {"eval/score", "eval/kl"} <= rows[0].keys() & rows[-1].keys()
+    shares = [rows[0][f"reward/{term}_share"] for term in ("dpo", "kl", "score")]
+    assert sum(shares) == pytest.approx(1)
+    assert rows[0]["decode/log_prob_diff_max"] < 1e-4
+    assert rows[0]["advantage/mean"] == pytest.approx(0, abs=1e-6)
+    assert (tmp_path / "run.yaml").exists()
+    assert (tmp_path / "checkpoints" / "latest.txt").read_text() == "step_00000002\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--rto.shaping=sentence"],
+        ["--rto.shaping=terminal", "--ppo.loss_mean=token"],
+        ["--rto.shaping=shaping_only", "--rto.kl_target=1"],
+        ["--advantage.estimator=reinforce_pp", "--ppo.num_epochs=2", "--ppo.entropy_coef=0.01"],
+        ["--samples_per_prompt=2", "--rollout.truncation=overwrite_eos", "--ppo.value_clip=null"],
+    ],
+)
+def test_every_variant_runs(words, chain, tmp_path):
+    run_ranks(run_stage, 1, "rto", chain, [f"--run_dir={tmp_path}", *words])
+    assert len(rows_of(tmp_path)) == 3
+
+
+def test_generate_answers_every_prompt_in_order(chain, tmp_path):
+    for name, words in {"one": [], "two": ["--parallel.pipeline=2"], "halves": []}.items():
+        world = 1 if name == "one" else 2
+        run_ranks(run_stage, world, "generate", chain, [f"--out={tmp_path}/{name}.jsonl", *words])
+    texts = {name: (tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("one", "two", "halves")}
+    answers = {name: [json.loads(line) for line in lines] for name, lines in texts.items()}
+    prompts = [json.loads(line)["prompt"] for line in (chain / "pairs.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in answers["one"]] == prompts
+    assert [row["tokens"] for row in answers["one"]] == [row["tokens"] for row in answers["two"]]
+    assert [row["tokens"] for row in answers["one"]] == [row["tokens"] for row in answers["halves"]]
+
+
+def test_evaluate_compares_policies(chain, tmp_path):
+    run_ranks(run_stage, 2, "evaluate", chain, [f"--run_dir={tmp_path}"])
+    sft, dpo = json.loads((tmp_path / "evaluation.json").read_text())["rows"]
+    assert sft["kl"] == 0  # the reference itself
+    assert sft["win_rate"] == 0.5
+    assert dpo["kl"] != 0
+    assert len((tmp_path / "responses.jsonl").read_text().splitlines()) == 16

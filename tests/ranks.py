@@ -33,6 +33,7 @@ import torch
 from torch.distributed import TCPStore
 
 PRELOAD = (
+    "pytest",
     "torch",
     "megatron.core.dist_checkpointing",
     "rto_megatron.stages.rto",
@@ -72,10 +73,12 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
         processes = [
             _context.Process(target=_be_rank, args=(fn, args, rank, world, store.port, folder)) for rank in range(world)
         ]
+        for rank in range(world):
+            _log_file(folder, rank).touch()
         try:
             for process in processes:
                 process.start()
-            problem = _wait_for(processes, timeout)
+            problem = _wait_for(processes, folder, timeout)
         finally:
             _kill(processes)
         if problem is not None:
@@ -84,7 +87,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
         return [torch.load(_result_file(folder, rank), weights_only=False) for rank in range(world)]
 
 
-def _wait_for(processes: list[BaseProcess], timeout: float) -> str | None:
+def _wait_for(processes: list[BaseProcess], folder: str, timeout: float) -> str | None:
     """Wait until all have ended or one has failed; what went wrong, or None."""
     deadline = time.monotonic() + timeout
     running = dict(enumerate(processes))
@@ -100,16 +103,20 @@ def _wait_for(processes: list[BaseProcess], timeout: float) -> str | None:
     if running and problem is None:
         problem = f"ranks {sorted(running)} of {len(processes)} did not end in {timeout:g} seconds"
     if running:
-        _ask_where_they_are(list(running.values()))
+        _ask_where_they_are({process: _log_file(folder, rank) for rank, process in running.items()})
     return problem
 
 
-def _ask_where_they_are(processes: list[BaseProcess]) -> None:
-    """Have stuck ranks write the stack of every thread into their output."""
-    for process in processes:
+def _ask_where_they_are(logs: dict[BaseProcess, Path]) -> None:
+    """Have stuck ranks write the stack of every thread into their output, and wait until they have."""
+    for process in logs:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.3)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while time.monotonic() < deadline and not all(
+        b"most recent call first" in log.read_bytes() for log in logs.values()
+    ):
+        time.sleep(0.1)
 
 
 def _kill(processes: list[BaseProcess]) -> None:
@@ -129,7 +136,7 @@ def _last_lines(folder: str, world: int) -> str:
     blocks = []
     for rank in range(world):
         log = _log_file(folder, rank)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        lines = log.read_text(errors="replace").splitlines()
         blocks.append("\n".join([f"--- rank {rank}, last lines ---", *lines[-LAST_LINES:]]))
     return "\n".join(blocks)
 
@@ -146,7 +153,7 @@ def _be_rank(fn: Callable[..., Any], args: tuple[Any, ...], rank: int, world: in
     """The rank process: own process group, output into a file, torchrun's environment, then the function."""
     os.setpgid(0, 0)
     _die_with_parent()
-    log = os.open(_log_file(folder, rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(_log_file(folder, rank), os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     sys.stdout.reconfigure(line_buffering=True)

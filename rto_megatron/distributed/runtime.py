@@ -84,7 +84,7 @@ def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> R
     if _running is not None:
         return _running
     prepare_imports()
-    # Megatron wants it with tensor parallelism: else kernels may start in another order than they were meant to overlap.
+    # Megatron asks for it with tensor parallelism: kernels then start in the order in which they overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.set_num_threads(threads)
     if torch.cuda.is_available():

@@ -85,6 +85,7 @@ def tiny_trainer(tensor: int = 1, pipeline: int = 1) -> Trainer:
         pg_collection=mesh.groups,
     )
     _fill_by_name(gpt)
+    gpt.to(mesh.device)
     model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), gpt)
     settings = OptimizerConfig(lr=1e-2, clip_grad=1.0, use_distributed_optimizer=True)
     optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
@@ -115,16 +116,17 @@ def _microbatches(seed: int, mesh: Mesh) -> list[Tensor]:
     """[ROWS, LENGTH + 1] tokens each: this data rank's share of the step's batch."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, VOCABULARY, (MICROBATCHES, ROWS, LENGTH + 1), generator=generator)
-    return list(tokens[mesh.data.rank :: mesh.data.size])
+    return list(tokens[mesh.data.rank :: mesh.data.size].to(mesh.device))
 
 
 def _forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
     tokens = next(batches)
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    future = torch.ones(1, 1, LENGTH, LENGTH).triu(1).bool()
+    future = torch.ones(1, 1, LENGTH, LENGTH, device=tokens.device).triu(1).bool()
+    positions = torch.arange(LENGTH, device=tokens.device).expand_as(inputs)
 
     def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
         mean = losses.float().mean()
         return mean, mean.detach().clone()  # the schedule divides the first one in place
 
-    return model(inputs, torch.arange(LENGTH).expand_as(inputs), future, labels=labels), loss
+    return model(inputs, positions, future, labels=labels), loss

@@ -1,0 +1,35 @@
+"""The same trainer on a GPU: NCCL, no adapter, and the losses that the CPU gave."""
+
+import pytest
+import torch
+
+from rto_megatron.distributed import cpu
+from rto_megatron.distributed.collectives import agree, barrier, gather_objects
+from rto_megatron.distributed.runtime import start_runtime
+from tests.distributed.tiny import tiny_trainer
+from tests.ranks import run_ranks
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+LOSSES_ON_CPU = [3.4733598, 3.4553959]
+
+
+def train_on_gpu():
+    runtime = start_runtime(threads=1)
+    trainer = tiny_trainer()
+    barrier()
+    return {
+        "where": (runtime.device.type, runtime.backend, cpu.is_installed()),
+        "collectives": (agree(True, trainer.mesh), gather_objects("here")),
+        "losses": trainer.train(2),
+    }
+
+
+def test_megatron_runs_unpatched_and_trains_as_on_cpu():
+    (result,) = run_ranks(train_on_gpu, 1)
+    assert result["where"] == ("cuda", "nccl", False)
+    assert result["collectives"] == (True, ["here"])
+    assert result["losses"] == pytest.approx(LOSSES_ON_CPU, abs=1e-4)

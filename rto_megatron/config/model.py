@@ -79,7 +79,8 @@ class ModelConfig:
             raise ValueError(f"model.vocab_size must be 0 (the tokenizer's) or more, got {self.vocab_size}")
         if self.num_attention_heads % self.num_query_groups:
             raise ValueError(
-                f"model.num_query_groups must divide num_attention_heads {self.num_attention_heads}, got {self.num_query_groups}"
+                f"model.num_query_groups must divide num_attention_heads {self.num_attention_heads}, "
+                f"got {self.num_query_groups}"
             )
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(

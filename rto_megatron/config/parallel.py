@@ -32,7 +32,8 @@ class ParallelConfig:
         if world % (self.tensor * self.pipeline):
             raise ConfigError(
                 f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline} does not divide the {world} "
-                f"ranks that were started; start a multiple of {self.tensor * self.pipeline} (torchrun --nproc-per-node)"
+                "ranks that were started; start a multiple of "
+                f"{self.tensor * self.pipeline} (torchrun --nproc-per-node)"
             )
         return world // (self.tensor * self.pipeline)
 

@@ -158,43 +158,32 @@ def _all_or_none(draft: Path) -> Any:
         )
 
 
-def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> bool:
+def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> None:
     """Fill a model from a checkpoint written in any layout; hashes are checked first.
 
-    A value model takes its backbone from a policy, and then keeps its fresh head.
+    A value model takes its backbone from a policy and then keeps its fresh head; a policy leaves a
+    value model's head behind.
 
     Args:
         role: the folder to read; one of the manifest's.
-
-    Returns:
-        Whether a value head was loaded; True for a policy.
 
     Raises:
         CheckpointError: a file is missing or changed, or the weights do not fit the model.
     """
     _verify(checkpoint)
-    state = _weights(model)
-    folder = str(checkpoint.folder / role)
+    folder, state = str(checkpoint.folder / role), _weights(model)
     stored = set(dist_checkpointing.load_tensors_metadata(folder))
-    is_head = {name: getattr(value, "key", "").startswith("value_head.") for name, value in state.items()}
-    with_head = "value_head.weight" in stored
-    if not with_head:
-        state = {name: value for name, value in state.items() if not is_head[name]}
-    elif not any(any(flags) for flags in gather_objects(list(is_head.values()))):
-        state = dict(state)  # a policy from a value model: its head is left behind
-    wanted = {value.key for value in state.values() if hasattr(value, "key")}
-    absent = sorted(key for keys in gather_objects(sorted(wanted - stored)) for key in keys)
+    if "value_head.weight" not in stored:
+        state = {name: value for name, value in state.items() if not value.key.startswith("value_head.")}
+    absent = sorted(key for keys in gather_objects(sorted({v.key for v in state.values()} - stored)) for key in keys)
     if absent:
-        raise CheckpointError(
-            f"{checkpoint.folder}/{role}: lacks {absent[0]}"
-            + (" (a value model has no output layer; start from a policy)" if "output_layer" in absent[0] else "")
-        )
+        hint = "; a value model has no output layer, start from a policy" if "output_layer" in absent[0] else ""
+        raise CheckpointError(f"{folder}: lacks {absent[0]}{hint}")
     try:
         loaded = dist_checkpointing.load(state, folder)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({error})") from None
     model.load_state_dict(loaded, strict=False)
-    return with_head or not any(any(flags) for flags in gather_objects(list(is_head.values())))
 
 
 def _weights(model: MegatronModule) -> dict[str, Any]:
@@ -217,7 +206,8 @@ def _verify(checkpoint: Checkpoint) -> None:
             )
         if have[name] != digest:
             raise CheckpointError(
-                f"{checkpoint.folder / name}: changed since it was saved; the checkpoint is damaged, restore it or train again"
+                f"{checkpoint.folder / name}: changed since it was saved; the checkpoint is damaged, "
+                "restore it or train again"
             )
 
 

@@ -87,7 +87,7 @@ def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, 
     whole = None
     if mesh.is_last_stage:
         whole = torch.zeros(shape, device=batch.tokens.device)
-        for rows, out in zip(cuts, outputs):
+        for rows, out in zip(cuts, outputs, strict=True):
             width = min(out.shape[1], whole.shape[1])
             whole[rows, :width] = out[:, :width].float()
     return from_last_stage(whole, mesh, shape=shape, dtype=torch.float32)

@@ -37,7 +37,7 @@ class Shard:
     @property
     def slices(self) -> tuple[slice, ...]:
         """Indices of the piece in the full tensor."""
-        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape))
+        return tuple(slice(start, start + size) for start, size in zip(self.offset, self.data.shape, strict=True))
 
     @property
     def name(self) -> str:

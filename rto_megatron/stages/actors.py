@@ -88,8 +88,8 @@ def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[
         model, parent = load_role(config.reward_model, "value", mesh, frozen=True, **cut)
         if parent.manifest.stage != "reward":
             raise CheckpointError(
-                f"{parent.folder}: `reward_model` must be a run of the stage reward, got one of {parent.manifest.stage}; "
-                "its head would score at random"
+                f"{parent.folder}: `reward_model` must be a run of the stage reward, got one of "
+                f"{parent.manifest.stage}; its head would score at random"
             )
         parents["reward_model"] = parent
         reward = RewardModel(model=model, mean=parent.manifest.score_mean, std=parent.manifest.score_std)

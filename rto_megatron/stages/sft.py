@@ -56,7 +56,8 @@ def check_window(max_length: int, architecture: ModelConfig) -> None:
     """Raise ConfigError if rows may be longer than the model can see."""
     if max_length > architecture.max_length:
         raise ConfigError(
-            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), got {max_length}"
+            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), "
+            f"got {max_length}"
         )
 
 

@@ -42,6 +42,8 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+TOLERANCE = 5e-5
+"""Of logits and nats in float32, where logits go up to 5; measured: below 9e-6 in all layouts."""
 TOKENS = torch.randint(0, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
 
 
@@ -137,9 +139,9 @@ def test_weights_go_in_and_out_in_every_layout(folders, world, parallel):
     for name, (logits, log_probs, out) in results.items():
         path, want = folders[name]
         if logits is not None:
-            assert (logits - want).abs().max() < 1e-5, name
+            assert (logits - want).abs().max() < TOLERANCE, name
         want_log_probs = want[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
-        assert (log_probs[:, 1:] - want_log_probs).abs().max() < 1e-5, name
+        assert (log_probs[:, 1:] - want_log_probs).abs().max() < TOLERANCE, name
         parts = sorted(out.glob("model-*.safetensors"))
         assert len(parts) > 1, "part_bytes should have cut the export into several files"
         saved = {k: v for part in parts for k, v in load_file(part).items()}

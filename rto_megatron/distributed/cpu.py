@@ -188,6 +188,15 @@ def _contiguous_only(collective: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _forked_results_queue() -> Any:
+    """The queue by which a checkpoint's writers report. Megatron spawns its process because CUDA forbids forking."""
+    return torch.multiprocessing.get_context("fork").Manager().Queue()
+
+
 # --- torch.compile -------------------------------------------------------------------------------------------------
 
 
@@ -368,6 +377,13 @@ PATCHES: tuple[Patch, ...] = (
         text="def load_state_dict(self, state_dict):",
         why="copies into views of float32 parameters, which autograd forbids while it records",
         make=torch.no_grad(),
+    ),
+    Patch(
+        name="megatron.core.dist_checkpointing.strategies.filesystem_async._get_write_results_queue",
+        site="dist_checkpointing/strategies/filesystem_async.py:54",
+        text='ctx = mp.get_context("spawn")',
+        why="spawns a process that imports torch and Megatron anew: ten seconds at the first save of every rank",
+        make=_always(_forked_results_queue),
     ),
     *(
         Patch(

@@ -154,6 +154,15 @@ def refuses(collective: str) -> Callable[[], None]:
     return job
 
 
+def writers_report_without_a_new_interpreter():
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = filesystem_async._get_write_results_queue()
+    queue.put("written")
+    assert queue.get() == "written"
+    assert type(queue._manager._process).__name__ == "ForkProcess"
+
+
 JOBS: dict[str, Callable[[], None]] = {
     "torch.cuda.current_device": device_of_a_new_tensor,
     "torch.cuda.synchronize": timer,
@@ -186,6 +195,9 @@ JOBS: dict[str, Callable[[], None]] = {
     "torch.distributed.all_reduce": refuses("all_reduce"),
     "torch.distributed.broadcast": refuses("broadcast"),
     "torch.distributed.scatter": refuses("scatter"),
+    "megatron.core.dist_checkpointing.strategies.filesystem_async._get_write_results_queue": (
+        writers_report_without_a_new_interpreter
+    ),
 }
 
 

@@ -36,7 +36,8 @@ COLUMNS = {
 class Row:
     """A policy and its responses."""
 
-    path: Path
+    name: str
+    """The last part of its path, or the whole where two would be the same."""
     answers: Answers
 
 
@@ -64,7 +65,8 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
         )
         check_same_tokenizer(parents["reference"], checkpoint)
         check_window(config.rollout, {**parents, str(path): checkpoint})
-        rows.append(Row(path, answer(policy, prompts, config, judges, tokenizer, mesh)))
+        name = path.name if len({p.name for p in config.checkpoints}) == len(config.checkpoints) else str(path)
+        rows.append(Row(name, answer(policy, prompts, config, judges, tokenizer, mesh)))
     table = [summarise(row, rows[0], config) for row in rows]
     if is_main():
         _write(config.run_dir, table, rows, prompts, tokenizer)
@@ -77,7 +79,7 @@ def summarise(row: Row, first: Row, config: EvaluateRun) -> dict[str, object]:
     numbers = answers.metrics()
     wins = scores - first.answers.signals.scores.double()
     return {
-        "policy": str(row.path),
+        "policy": row.name,
         "score": numbers["eval/score"],
         "score_error": (scores.std(correction=0) / len(scores) ** 0.5).item(),
         "win_rate": ((wins > 0).double() + (wins == 0).double() / 2).mean().item(),
@@ -121,7 +123,7 @@ def _write(
     (folder / "evaluation.json").write_text(json.dumps({"columns": COLUMNS, "rows": table}, indent=1))
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([format_number(row[name]) for name in COLUMNS] for row in table)]
     (folder / "evaluation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
-    texts = {str(row.path): _responses(row, tokenizer) for row in rows}
+    texts = {row.name: _responses(row, tokenizer) for row in rows}
     write_json_lines(
         folder / "responses.jsonl",
         [
@@ -147,5 +149,5 @@ def _show(
         console.say(f"\nprompt {i + 1}: {prompt.text}")
         for row, responses in zip(rows, texts, strict=True):
             score = row.answers.signals.scores[i].item()
-            console.say(f"  [{row.path}, score {score:.2f}] {responses[i].strip()}")
+            console.say(f"  [{row.name}, score {score:.2f}] {responses[i].strip()}")
     console.say(f"\ntable and responses: {config.run_dir}")

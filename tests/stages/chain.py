@@ -25,7 +25,9 @@ def write_inputs(folder: Path) -> None:
     pairs, answers = [], []
     for i in range(NUM_ROWS):
         prompt = f"Where is the cat{' now' * (i % 3)}? {i}"
-        pairs.append({"prompt": prompt, "chosen": f"I am fine, thank you. {i}", "rejected": f"Where? {'no ' * (i % 4)}"})
+        pairs.append(
+            {"prompt": prompt, "chosen": f"I am fine, thank you. {i}", "rejected": f"Where? {'no ' * (i % 4)}"}
+        )
         answers.append({"prompt": prompt, "response": f"The cat sat on the mat. {i}"})
     for name, rows in (("pairs", pairs), ("sft", answers)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -17,14 +17,18 @@ def test_sft_dpo_and_reward_learn_what_they_were_shown(chain):
     for run, loss in (("sft", "sft/loss"), ("dpo", "dpo/loss"), ("reward", "reward_model/loss")):
         rows = rows_of(chain / run)
         assert rows[-1][loss] < rows[0][loss]
-    assert rows_of(chain / "dpo")[0]["dpo/loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: the policy is its reference
+    assert rows_of(chain / "dpo")[0]["dpo/loss"] == pytest.approx(
+        0.6931, abs=1e-3
+    )  # log 2: the policy is its reference
 
 
 def test_a_checkpoint_names_its_parent(chain):
     manifests = {}
     for run in ("sft", "dpo", "reward"):
         folder = chain / run / "checkpoints"
-        manifests[run] = json.loads((folder / (folder / "latest.txt").read_text().strip() / "checkpoint.json").read_text())
+        manifests[run] = json.loads(
+            (folder / (folder / "latest.txt").read_text().strip() / "checkpoint.json").read_text()
+        )
     assert manifests["dpo"]["parents"].keys() == {"reference"}
     assert manifests["reward"]["score_std"] > 0
     assert len({m["tokenizer"] for m in manifests.values()}) == 1
@@ -34,7 +38,9 @@ def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
     run_ranks(run_stage, 2, "rto", chain, [f"--run_dir={tmp_path}", "--parallel.tensor=2"])
     rows = rows_of(tmp_path)
     assert len(rows) == 3  # two steps, and the evaluation after them
-    wanted = {name for name in METRICS if name.split("/")[0] in {"reward", "kl", "advantage", "critic", "ppo", "length"}}
+    wanted = {
+        name for name in METRICS if name.split("/")[0] in {"reward", "kl", "advantage", "critic", "ppo", "length"}
+    }
     assert wanted <= rows[0].keys()
     assert {"eval/score", "eval/kl"} <= rows[0].keys() & rows[-1].keys()
     shares = [rows[0][f"reward/{term}_share"] for term in ("dpo", "kl", "score")]

@@ -1,0 +1,104 @@
+"""Log-probs from sharded logits against the plain ones, gradients included."""
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+
+TOKENS, HIDDEN, ROWS = 37, 16, 128
+
+CASES = {
+    "all ids": (128, 1.0, 1000, ()),
+    "chunks and temperature": (128, 0.7, 8, ()),
+    "padding, part of it a whole rank": (60, 1.3, 5, ()),
+    "banned ids on both ranks": (101, 1.0, 8, (0, 3, 77)),
+}
+
+
+def problem(vocab: int, banned: tuple[int, ...]):
+    generator = torch.Generator().manual_seed(0)
+    allowed = torch.tensor([i for i in range(vocab) if i not in banned])
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator)
+    weight = torch.randn(ROWS, HIDDEN, generator=generator)
+    labels = allowed[torch.randint(len(allowed), (TOKENS,), generator=generator)]
+    return hidden, weight, labels, torch.randn(TOKENS, 2, generator=generator)
+
+
+def plain(vocab, temperature, banned):
+    hidden, weight, labels, slopes = problem(vocab, banned)
+    hidden.requires_grad_(), weight.requires_grad_()
+    logits = hidden @ weight[:vocab].T / temperature
+    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -1e30)
+    log_probs = logits.log_softmax(-1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    out = torch.stack((log_probs.gather(1, labels[:, None]).squeeze(1), entropy), -1)
+    (out * slopes).sum().backward()
+    return out.detach(), hidden.grad, weight.grad
+
+
+def sharded(vocab, temperature, chunk, banned):
+    """This rank's output, the hidden gradient summed over ranks, and its rows' gradient."""
+    from rto_megatron.config.parallel import ParallelConfig
+    from rto_megatron.distributed.log_probs import linear_log_probs
+    from rto_megatron.distributed.mesh import build_mesh
+    from rto_megatron.distributed.runtime import start_runtime, world_size
+
+    mesh = build_mesh(ParallelConfig(tensor=world_size()), start_runtime(threads=1), seed=0)
+    hidden, weight, labels, slopes = problem(vocab, banned)
+    own = weight.chunk(mesh.tensor.size)[mesh.tensor.rank].clone().requires_grad_()
+    hidden.requires_grad_()
+    out = linear_log_probs(
+        hidden,
+        own,
+        labels,
+        group=mesh.tensor.group,
+        vocab_size=vocab,
+        temperature=temperature,
+        chunk=chunk,
+        banned_ids=banned,
+    )
+    (out * slopes).sum().backward()
+    torch.distributed.all_reduce(hidden.grad, group=mesh.tensor.group)
+    return out.detach(), hidden.grad, own.grad
+
+
+def all_cases():
+    return {name: sharded(*case) for name, case in CASES.items()}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def results(request):
+    return run_ranks(all_cases, request.param)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_equals_the_plain_log_softmax(name, results):
+    vocab, temperature, _, banned = CASES[name]
+    out, grad_hidden, grad_weight = plain(vocab, temperature, banned)
+    for result in results:
+        torch.testing.assert_close(result[name][0], out, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result[name][1], grad_hidden, rtol=0, atol=3e-5)
+    own = torch.cat([result[name][2] for result in results])
+    torch.testing.assert_close(own, grad_weight, rtol=0, atol=3e-5)
+    assert not own[vocab:].any()
+
+
+def no_tokens():
+    out, grad_hidden, grad_weight = None, None, None
+    from rto_megatron.config.parallel import ParallelConfig
+    from rto_megatron.distributed.log_probs import linear_log_probs
+    from rto_megatron.distributed.mesh import build_mesh
+    from rto_megatron.distributed.runtime import start_runtime
+
+    mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)
+    hidden = torch.zeros(0, HIDDEN, requires_grad=True)
+    weight = torch.zeros(ROWS, HIDDEN, requires_grad=True)
+    labels = torch.zeros(0, dtype=torch.int64)
+    out = linear_log_probs(hidden, weight, labels, group=mesh.tensor.group, vocab_size=ROWS)
+    out.sum().backward()
+    grad_hidden, grad_weight = hidden.grad, weight.grad
+    return out.shape, grad_hidden.shape, grad_weight.abs().sum().item()
+
+
+def test_a_microbatch_without_response_tokens_gives_no_gradient():
+    assert run_ranks(no_tokens, 1) == [((0, 2), (0, HIDDEN), 0.0)]

@@ -147,3 +147,8 @@ class RolloutConfig:
             raise ValueError(f"rollout.top_k must be 0 or more, got {self.top_k}; 0 samples among all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie above 0 and at most 1, got {self.top_p}")
+
+    @property
+    def log_prob_temperature(self) -> float:
+        """The temperature of log-probs: greedy responses, which have none of their own, are judged at 1."""
+        return self.temperature or 1.0

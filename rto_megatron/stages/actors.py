@@ -58,7 +58,7 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
             reference is not the run's.
         ConfigError: the window does not fit the model.
     """
-    cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.temperature}
+    cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
     judges, parents = load_judges(config, mesh)
     policy, parents["policy"] = load_role(config.policy, "policy", mesh, frozen=False, **cut)
     critic = None
@@ -78,7 +78,7 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
 
 def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[str, Checkpoint]]:
     """Load the frozen roles whose coefficient is not 0, with the checkpoints they came from."""
-    cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.temperature}
+    cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
     reference, from_reference = load_role(config.reference, "policy", mesh, frozen=True, **cut)
     parents, dpo, reward = {"reference": from_reference}, None, None
     if config.rto.dpo_coef > 0 and config.dpo is not None:

@@ -66,7 +66,7 @@ class PromptBatch:
     prompt_ids: tuple[int, ...]
     """Index of each prompt in its data set: part of the key of its randomness."""
     sample_ids: tuple[int, ...]
-    """0 to samples_per_prompt - 1: tells apart several responses to one prompt."""
+    """0 and up: tells apart several responses to one prompt."""
 
     def __post_init__(self) -> None:
         if not len(self.ids) == len(self.prompt_ids) == len(self.sample_ids):

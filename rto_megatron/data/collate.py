@@ -1,5 +1,6 @@
 """Rows of ids -> right-padded batches."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -21,12 +22,20 @@ def collate_preferences(rows: Sequence[PreferenceRow], pad_id: int) -> Preferenc
 
 
 def prompt_batch(rows: Sequence[PromptRow], *, samples_per_prompt: int = 1) -> PromptBatch:
-    """Prompts of a rollout, each as often as it is answered."""
-    repeated = [(row, sample) for row in rows for sample in range(samples_per_prompt)]
+    """Prompts of a rollout, each as often as it is answered.
+
+    A prompt that comes twice, as it may where one epoch ends and the next begins, gets other samples the second time.
+    """
+    repeated = [row for row in rows for _ in range(samples_per_prompt)]
+    counts: Counter[int] = Counter()
+    sample_ids = []
+    for row in repeated:
+        sample_ids.append(counts[row.index])
+        counts[row.index] += 1
     return PromptBatch(
-        ids=tuple(tuple(row.prompt_ids) for row, _ in repeated),
-        prompt_ids=tuple(row.index for row, _ in repeated),
-        sample_ids=tuple(sample for _, sample in repeated),
+        ids=tuple(tuple(row.prompt_ids) for row in repeated),
+        prompt_ids=tuple(row.index for row in repeated),
+        sample_ids=tuple(sample_ids),
     )
 
 

@@ -136,7 +136,7 @@ def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock:
 
 
 def check_enough(prompts: list[PromptRow], config: RTORun) -> None:
-    """Raise DataError if one step would take a prompt twice."""
+    """Raise DataError if there are fewer prompts than a step takes."""
     if len(prompts) < config.prompts_per_step:
         raise DataError(
             f"data.train {config.data.train}: {len(prompts)} prompts are left, fewer than prompts_per_step "

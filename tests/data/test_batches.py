@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rto_megatron.data.collate import collate_preferences, collate_sft
-from rto_megatron.data.readers import PreferenceRow, SFTRow
+from rto_megatron.data.collate import collate_preferences, collate_sft, prompt_batch
+from rto_megatron.data.readers import PreferenceRow, PromptRow, SFTRow
 from rto_megatron.data.sampler import batch_rows, epoch_order, shard
 
 
@@ -29,6 +29,14 @@ def test_pairs_are_rows_chosen_first():
     batch = collate_preferences(rows, pad_id=0)
     assert batch.tokens.tolist() == [[5, 6, 2], [5, 2, 0], [7, 8, 2], [7, 9, 2]]
     assert batch.response_mask.int().tolist() == [[0, 1, 1], [0, 1, 0], [0, 1, 1], [0, 1, 1]]
+
+
+def test_a_prompt_that_comes_twice_in_a_step_gets_other_samples():
+    first, second = (PromptRow(prompt_ids=[5 + i], text="", index=i) for i in range(2))
+    batch = prompt_batch([first, second, first], samples_per_prompt=2)
+    assert batch.prompt_ids == (0, 0, 1, 1, 0, 0)
+    assert batch.sample_ids == (0, 1, 0, 1, 2, 3)
+    assert batch.ids == ((5,), (5,), (6,), (6,), (5,), (5,))
 
 
 def test_row_order_stays_what_it_is():

@@ -20,7 +20,7 @@ def test_a_tensor_of_another_shape_is_refused_by_name():
         batch(response_mask=torch.zeros(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"SFTBatch.num_tokens must match tokens \(2, 4\), got \(3,\)"):
         batch(num_tokens=torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match="SFTBatch.tokens must be .B, T. int64"):
+    with pytest.raises(ValueError, match=r"SFTBatch.tokens must be .B, T. int64"):
         batch(tokens=torch.zeros(2, 4))
 
 

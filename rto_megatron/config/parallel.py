@@ -64,7 +64,7 @@ class ComputeConfig:
     log_prob_chunk: int = 512
     """Tokens whose logits exist at one time; smaller takes less memory."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations to compute again in the backward pass rather than keep."""
+    """Activations to compute again in the backward pass rather than keep: those of the MLPs, or all."""
     threads: int = 1
     """CPU threads of one rank; more than cores / ranks makes it slower."""
 

@@ -122,7 +122,8 @@ def transformer_config(
     dtype = getattr(torch, compute.dtype)
     recompute: dict[str, Any] = {}
     if compute.recompute == "selective":
-        recompute = {"recompute_granularity": "selective"}
+        # the MLP's activations are the largest; those of attention are not kept by its fused kernels anyway
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
     elif compute.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(

@@ -94,7 +94,7 @@ def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(break_it, messag
 
 def test_a_hugging_face_folder_is_told_from_a_run(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="looks like a Hugging Face folder: bring it in with .* convert"):
+    with pytest.raises(CheckpointError, match=r"looks like a Hugging Face folder: bring it in with .* convert"):
         open_it(tmp_path)
 
 

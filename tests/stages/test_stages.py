@@ -59,6 +59,8 @@ def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
         ["--rto.shaping=shaping_only", "--rto.kl_target=1"],
         ["--advantage.estimator=reinforce_pp", "--ppo.num_epochs=2", "--ppo.entropy_coef=0.01"],
         ["--samples_per_prompt=2", "--rollout.truncation=overwrite_eos", "--ppo.value_clip=null"],
+        ["--compute.dtype=bfloat16", "--compute.recompute=selective"],
+        ["--compute.recompute=full", "--optimizer.distributed=false", "--critic_optimizer.distributed=false"],
     ],
 )
 def test_every_variant_runs(words, chain, tmp_path):

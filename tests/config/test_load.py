@@ -20,7 +20,7 @@ REQUIRED = {
     "dpo": ["--run_dir=r", "--data.train=t", "--start=s"],
     "reward": ["--run_dir=r", "--data.train=t", "--start=s"],
     "rto": ["--run_dir=r", "--data.train=t", "--policy=p", "--reference=s", "--dpo=d", "--reward_model=m"],
-    "evaluate": ["--run_dir=r", "--data.train=t", "--checkpoints", "a", "b", "--reference=s", "--reward_model=m"],
+    "evaluate": ["--run_dir=r", "--prompts=t", "--checkpoints", "a", "b", "--reference=s", "--reward_model=m"],
     "convert": ["--source=s", "--out=o"],
 }
 

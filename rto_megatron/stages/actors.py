@@ -77,7 +77,11 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
 
 
 def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[str, Checkpoint]]:
-    """Load the frozen roles whose coefficient is not 0, with the checkpoints they came from."""
+    """Load the frozen roles whose coefficient is not 0, with the checkpoints they came from.
+
+    Raises:
+        CheckpointError: as `load_actors`.
+    """
     cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
     reference, from_reference = load_role(config.reference, "policy", mesh, frozen=True, **cut)
     parents, dpo, reward = {"reference": from_reference}, None, None
@@ -93,6 +97,7 @@ def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[
             )
         parents["reward_model"] = parent
         reward = RewardModel(model=model, mean=parent.manifest.score_mean, std=parent.manifest.score_std)
+    check_same_tokenizer(*parents.values())
     return Judges(reference=reference, dpo=dpo, reward=reward), parents
 
 

@@ -24,10 +24,12 @@ def load_role(
 ) -> tuple[Any, Checkpoint]:
     """A model with the weights of a run, and the checkpoint it came from.
 
-    A value model may start from a policy (its head is then fresh, from `seed`), a policy from any run
-    that has an output layer or tied embeddings. A frozen role has no gradients.
+    A value model takes the run's reward model or critic; where there is none, its policy under a fresh head
+    (from `seed`). A policy starts from any run that has an output layer or tied embeddings. A frozen role has no
+    gradients.
     """
     checkpoint = open_checkpoint(path)
+    stored = checkpoint.manifest.roles
     model = build_model(
         checkpoint.manifest.model,
         mesh,
@@ -35,15 +37,19 @@ def load_role(
         parallel=parallel,
         compute=compute,
         temperature=temperature,
-        banned_ids=(tokenizer_of(checkpoint).pad_id,),
+        banned_ids=never_sampled(tokenizer_of(checkpoint), checkpoint.manifest.model.vocab_size),
         seed=seed,
     )
-    own = "policy" if kind == "policy" else "value"
-    role = own if own in checkpoint.manifest.roles else checkpoint.manifest.roles[0]
-    load_weights(model, checkpoint, role)
+    wanted = ("policy",) if kind == "policy" else ("value", "critic")
+    load_weights(model, checkpoint, next((role for role in wanted if role in stored), stored[0]))
     if frozen:
         model.eval().requires_grad_(False)
     return model, checkpoint
+
+
+def never_sampled(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """Ids of probability 0: the pad id, and rows of the embedding that stand for no token."""
+    return tokenizer.pad_id, *range(tokenizer.vocab_size, vocab_size)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:

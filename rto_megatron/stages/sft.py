@@ -20,7 +20,7 @@ from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
-from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, size_table
 
@@ -70,13 +70,14 @@ def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, Checkpoi
     if config.tokenizer.path is None:
         raise ConfigError("tokenizer.path must be set for a model from scratch; or name a run to start from in `start`")
     tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.chat_template)
+    architecture = _architecture(config, tokenizer)
     model = build_model(
-        _architecture(config, tokenizer),
+        architecture,
         mesh,
         kind="policy",
         parallel=config.parallel,
         compute=config.compute,
-        banned_ids=(tokenizer.pad_id,),
+        banned_ids=never_sampled(tokenizer, architecture.vocab_size),
         seed=config.seed,
     )
     return model, tokenizer, None

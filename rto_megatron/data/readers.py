@@ -160,6 +160,9 @@ def _respond(tokenizer: Tokenizer, text: str, row: Row) -> list[int]:
     ids = tokenizer.encode(text)
     if tokenizer.eos_id in ids:
         row.fail("needs answers without the tokenizer's end-of-text token, which is added to them")
+    # Its probability is 0, so one of them would make the loss 1e30.
+    if tokenizer.pad_id in ids:
+        row.fail("needs answers without the tokenizer's pad token (or, where that is <unk>, without unknown text)")
     return [*ids, tokenizer.eos_id]
 
 

@@ -208,6 +208,12 @@ def test_an_answer_with_the_end_of_text_token_is_an_error(tokenizer, tmp_path, m
         sft(write(tmp_path / "rows.jsonl", {"prompt": "x", "response": "a"}), tokenizer)
 
 
+def test_an_answer_with_the_pad_token_is_an_error(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "pad_id", tokenizer.encode("a")[0])
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: needs answers without the tokenizer's pad token"):
+        sft(write(tmp_path / "rows.jsonl", {"prompt": "x", "response": "a"}), tokenizer)
+
+
 def test_a_pair_that_becomes_the_same_tokens_is_an_error(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "encode", lambda text: [9])
     with pytest.raises(DataError, match="needs a pair whose sides differ, but both become the same tokens"):

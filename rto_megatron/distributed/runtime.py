@@ -110,9 +110,11 @@ _running: Runtime | None = None
 
 def _take_gpu() -> torch.device:
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= num_gpus:
+    # Not the local rank against the GPUs: only rank 0 is heard, and it always has one.
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if num_ranks > num_gpus:
         raise ConfigError(
-            f"each rank needs a GPU of its own, got local rank {local_rank} on a machine with {num_gpus}; "
+            f"each rank needs a GPU of its own, got {num_ranks} ranks on a machine with {num_gpus}; "
             f"start with torchrun --nproc-per-node={num_gpus}, or set CUDA_VISIBLE_DEVICES= to run on CPU"
         )
     device = torch.device("cuda", local_rank)

@@ -52,7 +52,7 @@ METRICS: dict[str, str] = {
     "critic/loss": "Critic's loss, value_coef included; mean over minibatches (squared reward units)",
     "critic/clip_frac": "Response tokens on which ppo.value_clip decided the loss (share of 1)",
     # Policy update
-    "ppo/loss": "Clipped surrogate that the policy minimises; mean over minibatches (reward units)",
+    "ppo/loss": "Clipped surrogate less the entropy bonus, which the policy minimises; mean over minibatches",
     "ppo/ratio_mean": "pi_new / pi_old; mean over response tokens of all minibatches (1 before the first step)",
     "ppo/clip_frac": "Response tokens on which ppo.clip decided the loss (share of 1)",
     "ppo/approx_kl": "How far the update went: k3 of pi_old and pi_new; mean over response tokens (nats)",
@@ -66,8 +66,8 @@ METRICS: dict[str, str] = {
     "decode/log_prob_diff_mean": "|decoding - training forward| of a log-prob; mean over response tokens (nats)",
     "decode/log_prob_diff_max": "Largest of these differences; above 1e-3 in float32, decoding is wrong (nats)",
     # Optimizer
-    "optimizer/grad_norm": "Gradient norm of the model that a stage trains, before clipping; mean over steps",
-    "optimizer/learning_rate": "Learning rate of the model that a stage trains, at the last optimizer step",
+    "optimizer/grad_norm": "Gradient norm of the model that a stage trains, before clipping",
+    "optimizer/learning_rate": "Learning rate of the model that a stage trains",
     "optimizer/policy_grad_norm": "Gradient norm of the policy before clipping; mean over minibatches",
     "optimizer/critic_grad_norm": "Gradient norm of the critic before clipping; mean over minibatches",
     "optimizer/policy_learning_rate": "Learning rate of the policy at the last optimizer step",
@@ -114,7 +114,7 @@ METRICS: dict[str, str] = {
     "time/update_seconds": "Forward and backward passes and optimizer steps of what is trained (seconds)",
     "time/evaluate_seconds": "Evaluation on held-out data (seconds)",
     "time/save_seconds": "Writing the checkpoint (seconds)",
-    "time/step_seconds": "The whole step (seconds)",
+    "time/step_seconds": "The whole step, evaluation included (seconds)",
 }
 """Name, as TensorBoard groups it -> one line: meaning (unit)."""
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.kl import kl_estimates
+from rto_megatron.algorithms.masked import last_response_token
 from rto_megatron.algorithms.whitening import explained_variance, masked_moments, mean_and_variance
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.algorithm import RTOConfig
@@ -27,6 +28,8 @@ def rollout_metrics(rollout: Rollout, signals: Signals) -> dict[str, float]:
     responses = rollout.response_mask.sum(-1)
     prompts = rollout.num_tokens - responses
     difference = (rollout.decode_log_probs - signals.policy_log_probs).abs()
+    # rollout.truncation may have put an EOS where another token was drawn
+    drawn = rollout.response_mask & ~(last_response_token(rollout.response_mask) & rollout.truncated[:, None])
     return take(
         {
             "length/prompt_mean": Mean.over(prompts),
@@ -34,8 +37,8 @@ def rollout_metrics(rollout: Rollout, signals: Signals) -> dict[str, float]:
             "length/response_mean": Mean.over(responses),
             "length/response_max": Max.over(responses),
             "length/truncated_frac": Mean.over(rollout.truncated),
-            "decode/log_prob_diff_mean": Mean.over(difference, rollout.response_mask),
-            "decode/log_prob_diff_max": Max.over(difference, rollout.response_mask),
+            "decode/log_prob_diff_mean": Mean.over(difference, drawn),
+            "decode/log_prob_diff_max": Max.over(difference, drawn),
         }
     )
 

@@ -31,3 +31,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.max_length < 2:
             raise ValueError(f"data.max_length must be 2 or more, got {self.max_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig:
+    """Prompts to answer: JSONL files, or `name[:split]` for the `datasets` library."""
+
+    train: str
+    """JSONL path or data-set name."""
+    eval: str | None = None
+    """The same for held-out prompts; null skips evaluation."""
+    too_long: Literal["drop", "error"] = "drop"
+    """A prompt over rollout.max_prompt_tokens is dropped and counted, or an error."""

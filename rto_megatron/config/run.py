@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
-from rto_megatron.config.data import DataConfig, TokenizerConfig
+from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
@@ -78,7 +78,7 @@ class RewardRun:
     run_dir: Path
     """Where checkpoint, TensorBoard files and the resolved config go."""
     start: Path
-    """The run whose backbone the reward model starts from."""
+    """The run whose backbone the reward model starts from; the critic's where it has one."""
     data: DataConfig
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -105,7 +105,7 @@ class RTORun:
     """The reward run. Needed unless rto.score_coef is 0."""
     critic: Path | None = None
     """The run that the critic starts from; null takes the reward run, else the policy's."""
-    data: DataConfig
+    data: PromptsConfig
     num_steps: int = 20
     """Rounds of rollout and update."""
     prompts_per_step: int = 32
@@ -125,6 +125,7 @@ class RTORun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The policy's."""
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The critic's."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0

@@ -64,6 +64,8 @@ class RTOConfig:
             raise ValueError(
                 f"rto.kl_target must be positive or null, got {self.kl_target}; use null for a fixed kl_coef"
             )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ValueError("rto.kl_coef must be positive with rto.kl_target, got 0, which no factor can move")
         if self.kl_horizon < 1:
             raise ValueError(f"rto.kl_horizon must be 1 or more, got {self.kl_horizon}")
 
@@ -123,7 +125,7 @@ class RolloutConfig:
     """How responses are sampled."""
 
     max_prompt_tokens: int = 256
-    """Longer prompts are refused (see data.too_long)."""
+    """Longer prompts are dropped, or an error (see too_long)."""
     max_new_tokens: int = 64
     """Length of the window; a response that fills it is truncated."""
     temperature: float = 1.0

@@ -31,7 +31,7 @@ class TokenRewards:
 def normalise_scores(scores: Tensor, *, mean: float, std: float, clip: float | None) -> Tensor:
     """Reward-model scores on the scale that PPO sees: clip((score - mean) / std, -clip, clip); None does not clip.
 
-    Mean and std are those of the reward model's training data. The released code clips at 10.
+    Mean and std are those that the reward run stored. The released code clips at 10.
     """
     normalised = (widen(scores) - mean) / std
     return normalised if clip is None else normalised.clamp(-clip, clip)

@@ -38,10 +38,13 @@ class ModelConfig:
     """A decoder of the Llama family: RoPE, RMSNorm, SwiGLU, grouped-query attention."""
 
     num_layers: int = 4
+    """Transformer layers, each attention and SwiGLU."""
     hidden_size: int = 128
+    """Width of the residual stream."""
     ffn_hidden_size: int = 384
     """Width of the SwiGLU layer."""
     num_attention_heads: int = 4
+    """Query heads."""
     num_query_groups: int = 2
     """Key-value heads; equal to num_attention_heads for plain multi-head attention."""
     head_dim: int | None = None
@@ -53,8 +56,11 @@ class ModelConfig:
     tie_embeddings: bool = True
     """Use the input embedding as output layer."""
     norm_epsilon: float = 1e-5
+    """Added to the mean square in RMSNorm."""
     rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """How they are stretched; null leaves them alone."""
     qkv_bias: bool = False
     """Qwen2: biases on query, key and value."""
     qk_norm: bool = False

@@ -12,11 +12,15 @@ class OptimizerConfig:
     min_lr_frac: float = 0.1
     """Where the cosine ends, as a share of `lr`; 1 keeps the rate constant."""
     warmup_frac: float = 0.03
-    """Share of all optimizer steps that climb linearly from 0; 0 starts at the peak."""
+    """Share of all optimizer steps that climb linearly to the peak; 0 has none."""
     weight_decay: float = 0.0
+    """Decoupled, per step and unit of learning rate; norms and biases have none."""
     beta1: float = 0.9
+    """Decay of the gradient's running mean."""
     beta2: float = 0.95
+    """Decay of the running mean of its square."""
     eps: float = 1e-8
+    """Added to the square root of the latter."""
     clip_grad: float = 1.0
     """Largest gradient norm; 0 turns clipping off."""
     distributed: bool = True

@@ -58,7 +58,7 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations. Log-probs, rewards, advantages and losses are float32 either way."""
     micro_batch_size: int = 4
-    """Sequences in one forward and backward pass."""
+    """Rows in one forward and backward pass; a pair (two sequences) is one row."""
     score_micro_batch_size: int = 16
     """Sequences in one forward pass without gradient."""
     log_prob_chunk: int = 512

@@ -48,8 +48,9 @@ class Manifest:
     parents: dict[str, str] = field(default_factory=dict)
     """Role -> id of the checkpoint that it came from."""
     score_mean: float = 0.0
-    """Of a reward model's raw scores on its training rows."""
+    """Of a reward model's raw scores: on its held-out rows, or its training rows where there are none."""
     score_std: float = 1.0
+    """Standard deviation of the same."""
 
 
 @dataclass(frozen=True)

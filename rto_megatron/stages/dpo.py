@@ -18,8 +18,7 @@ from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.sft import check_window
-from rto_megatron.stages.supervised import Task, fit, num_steps, score_rows, size_table
+from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
 
 ScoredRow = tuple[PreferenceRow, Tensor]
 """A pair and the reference's log-prob of its chosen and its rejected response, [2] nats."""
@@ -32,16 +31,11 @@ def run(config: DPORun, runtime: Runtime) -> None:
         config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
     )
     tokenizer = tokenizer_of(parent)
-    check_window(config.data.max_length, parent.manifest.model)
-    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
-    rows, dropped = read_preferences(config.data.train, tokenizer, **limits)
-    held_out, eval_dropped = (
-        read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
-    )
+    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, parent.manifest.model, mesh)
     steps = num_steps(len(rows), config)
 
     with open_run(config, "dpo", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
-        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+        running.console.say(about_rows)
         # the policy has not moved yet, so it is the reference: no second model is needed
         scored = with_reference(model, rows, config, tokenizer, mesh)
         scored_held_out = with_reference(model, held_out, config, tokenizer, mesh)

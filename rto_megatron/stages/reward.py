@@ -18,8 +18,7 @@ from rto_megatron.distributed.step import Loss, head_outputs
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.sft import check_window
-from rto_megatron.stages.supervised import Task, fit, num_steps, score_rows, size_table
+from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
 
 
 def run(config: RewardRun, runtime: Runtime) -> None:
@@ -35,16 +34,11 @@ def run(config: RewardRun, runtime: Runtime) -> None:
         seed=config.seed,
     )
     tokenizer = tokenizer_of(parent)
-    check_window(config.data.max_length, parent.manifest.model)
-    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
-    rows, dropped = read_preferences(config.data.train, tokenizer, **limits)
-    held_out, eval_dropped = (
-        read_preferences(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
-    )
+    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, parent.manifest.model, mesh)
     steps = num_steps(len(rows), config)
 
     with open_run(config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
-        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+        running.console.say(about_rows)
         trainable = make_trainable("reward model", model, config.optimizer, mesh)
         fit(trainable, make_task(config, tokenizer, mesh), rows, held_out, config, mesh, running)
         mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)

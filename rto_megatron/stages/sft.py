@@ -22,24 +22,21 @@ from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
 from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.supervised import Task, fit, num_steps, size_table
+from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size_table
 
 
 def run(config: SFTRun, runtime: Runtime) -> None:
     """Train a policy from scratch, or from another run, on (prompt, response) rows."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     model, tokenizer, parent = _start(config, mesh)
-    limits = {"max_length": config.data.max_length, "too_long": config.data.too_long}
-    rows, dropped = read_sft(config.data.train, tokenizer, **limits)
-    eval_rows, eval_dropped = read_sft(config.data.eval, tokenizer, **limits) if config.data.eval else ([], "none")
-    steps = num_steps(len(rows), config)
     architecture = parent.manifest.model if parent else _architecture(config, tokenizer)
-    check_window(config.data.max_length, architecture)
+    rows, held_out, about_rows = read_rows(read_sft, config, tokenizer, architecture, mesh)
+    steps = num_steps(len(rows), config)
 
-    with open_run(config, "sft", mesh, size_table(config, len(rows), len(eval_rows), mesh)) as running:
-        running.console.say(f"train: {dropped}; held out: {eval_dropped}")
+    with open_run(config, "sft", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
+        running.console.say(about_rows)
         policy = make_trainable("policy", model, config.optimizer, mesh)
-        fit(policy, make_task(tokenizer, mesh), rows, eval_rows, config, mesh, running)
+        fit(policy, make_task(tokenizer, mesh), rows, held_out, config, mesh, running)
         manifest = Manifest(
             stage="sft",
             step=steps,
@@ -50,15 +47,6 @@ def run(config: SFTRun, runtime: Runtime) -> None:
         )
         folder = save_checkpoint(config.run_dir, manifest, {"policy": model}, tokenizer.save)
         running.console.say(f"checkpoint: {folder}")
-
-
-def check_window(max_length: int, architecture: ModelConfig) -> None:
-    """Raise ConfigError if rows may be longer than the model can see."""
-    if max_length > architecture.max_length:
-        raise ConfigError(
-            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), "
-            f"got {max_length}"
-        )
 
 
 def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, Checkpoint | None]:

@@ -1,4 +1,4 @@
-"""The loop that sft, dpo and reward share: rows in random order, optimizer steps, evaluation, a checkpoint."""
+"""What sft, dpo and reward share: reading rows, and the loop of optimizer steps and evaluations."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,14 +8,17 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
+from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.run import DPORun, RewardRun, SFTRun
+from rto_megatron.data.readers import Dropped
 from rto_megatron.data.sampler import batch_rows, shard
+from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.rows import share_of
 from rto_megatron.distributed.step import Forward, Loss, score, train_step
-from rto_megatron.errors import DataError
+from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.stages.run import Clock, Run, check_divides, with_prefix
 
 Row = TypeVar("Row")
@@ -39,6 +42,34 @@ class Task:
     """[num_sums] summed over anything -> metrics by name."""
     rows_per_item: int = 1
     """2 for pairs, whose two rows stay together."""
+
+
+def read_rows(
+    read: Callable[..., tuple[list[Any], Dropped]],
+    config: SupervisedRun,
+    tokenizer: Tokenizer,
+    architecture: ModelConfig,
+    mesh: Mesh,
+) -> tuple[list[Any], list[Any], str]:
+    """Training rows, held-out rows, and what to say of them.
+
+    Args:
+        read: `read_sft` or `read_preferences`.
+
+    Raises:
+        ConfigError: rows may be longer than the model can see, or a batch cannot be shared equally.
+    """
+    data = config.data
+    if data.max_length > architecture.max_length:
+        raise ConfigError(
+            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), "
+            f"got {data.max_length}"
+        )
+    check_divides("train.batch_size", config.train.batch_size, mesh)
+    limits = {"max_length": data.max_length, "too_long": data.too_long}
+    rows, dropped = read(data.train, tokenizer, **limits)
+    held_out, eval_dropped = read(data.eval, tokenizer, **limits) if data.eval else ([], "none")
+    return rows, held_out, f"train: {dropped}; held out: {eval_dropped}"
 
 
 def num_steps(num_rows: int, config: SupervisedRun) -> int:
@@ -76,9 +107,8 @@ def fit(
     config: SupervisedRun,
     mesh: Mesh,
     run: Run,
-) -> dict[str, float]:
-    """Train on `rows`; the last evaluation is returned."""
-    check_divides("train.batch_size", config.train.batch_size, mesh)
+) -> None:
+    """Train on `rows`, evaluate now and then, and say how the last evaluation went."""
     total, clock, held_out = num_steps(len(rows), config), Clock(), {}
     warmup = math.ceil(config.optimizer.warmup_frac * total)
     with run.console.progress(task.group, total=total) as progress:
@@ -121,7 +151,6 @@ def fit(
             progress.done(step, numbers)
     if held_out:
         run.console.say(f"held out: {'  '.join(f'{name} {value:.4g}' for name, value in held_out.items())}")
-    return held_out
 
 
 def evaluate(

@@ -13,20 +13,6 @@ from torch import Tensor
 from rto_megatron.distributed.mesh import Mesh
 
 
-def sum_over_data(x: Tensor, mesh: Mesh) -> Tensor:
-    """Sum over the data ranks, elementwise; any shape, the same on each of them."""
-    total = _own_copy(x)
-    dist.all_reduce(total, op=dist.ReduceOp.SUM, group=mesh.data.group)
-    return total
-
-
-def max_over_data(value: int, mesh: Mesh) -> int:
-    """Largest value over the data ranks."""
-    largest = torch.tensor([value], dtype=torch.int64, device=mesh.device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.data.group)
-    return int(largest.item())
-
-
 def sum_in_rank_order(x: Tensor, mesh: Mesh) -> Tensor:
     """Sum over the data ranks, added from rank 0 up: the same bits on every rank and in every run.
 
@@ -60,13 +46,6 @@ def from_last_stage(x: Tensor | None, mesh: Mesh, *, shape: Sequence[int], dtype
         received = torch.empty(tuple(shape), dtype=dtype, device=mesh.device)
     dist.broadcast(received, group=mesh.pipeline.group, group_src=mesh.pipeline.size - 1)
     return received
-
-
-def agree(ok: bool, mesh: Mesh) -> bool:
-    """Whether all ranks of the world say yes; for "did the write succeed", where one rank alone may fail."""
-    answer = torch.tensor([int(ok)], dtype=torch.int32, device=mesh.device)
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-    return bool(answer.item())
 
 
 def gather_objects(obj: Any) -> list[Any]:

@@ -13,7 +13,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from rto_megatron.config.parallel import ParallelConfig
-from rto_megatron.distributed.collectives import from_last_stage, sum_over_data
+from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.runtime import start_runtime
 
@@ -51,7 +51,7 @@ class Trainer:
         assert self.optimizer.step()[0]
         loss = torch.stack(reported).mean() if self.mesh.is_last_stage else None
         loss = from_last_stage(loss, self.mesh, shape=(), dtype=torch.float32)
-        return (sum_over_data(loss, self.mesh) / self.mesh.data.size).item()
+        return (sum_in_rank_order(loss, self.mesh) / self.mesh.data.size).item()
 
 
 def tiny_trainer(tensor: int = 1, pipeline: int = 1) -> Trainer:

@@ -145,8 +145,6 @@ class Signals(_Rows):
     """[B] int64: tokens before the padding."""
     policy_log_probs: Tensor
     """[B, T] nats, under the policy that sampled (the training forward)."""
-    entropies: Tensor
-    """[B, T] nats, of the same policy's distribution over the token."""
     ref_log_probs: Tensor
     """[B, T] nats, under the frozen SFT model."""
     dpo_log_probs: Tensor

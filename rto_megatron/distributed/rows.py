@@ -5,11 +5,11 @@ from typing import TypeVar
 
 import torch
 
-from rto_megatron.batch import Experience, Rollout, Signals, pad_columns
+from rto_megatron.batch import Rollout, Signals, pad_columns
 from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 
-Record = TypeVar("Record", Rollout, Signals, Experience)
+Record = TypeVar("Record", Rollout, Signals)
 
 
 def share_of(num_items: int, mesh: Mesh) -> list[int]:

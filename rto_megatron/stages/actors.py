@@ -141,7 +141,7 @@ def score_rollout(
     def ask(model: PolicyModel | ScalarModel, forward: Forward) -> torch.Tensor:
         return score(model, rollout, forward, mesh, micro_batch_size=config.compute.score_micro_batch_size)
 
-    policy_log_probs, entropies = ask(policy, token_log_probs).unbind(-1)
+    policy_log_probs = ask(policy, token_log_probs)[..., 0]
     ref_log_probs = ask(judges.reference, token_log_probs)[..., 0]
     dpo_log_probs = ask(judges.dpo, token_log_probs)[..., 0] if judges.dpo else ref_log_probs
     values = torch.zeros_like(ref_log_probs)
@@ -157,7 +157,6 @@ def score_rollout(
         tokens=rollout.tokens,
         num_tokens=rollout.num_tokens,
         policy_log_probs=policy_log_probs,
-        entropies=entropies,
         ref_log_probs=ref_log_probs,
         dpo_log_probs=dpo_log_probs,
         values=values,

@@ -13,6 +13,7 @@ from megatron.core.pipeline_parallel.schedules import (
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from rto_megatron.algorithms.sequences import position_ids
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
@@ -40,16 +41,12 @@ and [k] sums to report. Runs on the last pipeline stage."""
 
 def token_log_probs(model: MegatronModule, batch: Batch) -> Tensor:
     """A policy's log-probs and entropies of the response tokens, [B, T, 2] nats."""
-    return model(batch.tokens, _positions(batch.tokens), None, loss_mask=batch.response_mask)
+    return model(batch.tokens, position_ids(batch.tokens), None, loss_mask=batch.response_mask)
 
 
 def head_outputs(model: MegatronModule, batch: Batch) -> Tensor:
     """A scalar head's outputs, [B, T]; column t is read after token t."""
-    return model(batch.tokens, _positions(batch.tokens), None)
-
-
-def _positions(tokens: Tensor) -> Tensor:
-    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return model(batch.tokens, position_ids(batch.tokens), None)
 
 
 def cut_rows(batch: Batch, size: int, *, unit: int = 1) -> list[list[int]]:

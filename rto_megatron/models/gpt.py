@@ -23,7 +23,7 @@ from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.models.attention import CausalAttention
-from rto_megatron.models.heads import ScalarHead, ScalarModel
+from rto_megatron.models.heads import ScalarModel
 from rto_megatron.models.weights import initialize
 
 Kind = Literal["policy", "value"]
@@ -205,6 +205,3 @@ def _scale_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.original_max_length * frequencies / (2 * math.pi)
     blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
     return (1 - blend) * slow + blend * frequencies
-
-
-__all__ = ["Kind", "PolicyModel", "ScalarHead", "ScalarModel", "build_model", "rope_frequencies", "transformer_config"]

@@ -26,13 +26,7 @@ def run(config: GenerateRun, runtime: Runtime) -> None:
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_writable(config.out)
     model, checkpoint = load_role(
-        config.checkpoint,
-        "policy",
-        mesh,
-        parallel=config.parallel,
-        compute=config.compute,
-        frozen=True,
-        temperature=config.rollout.temperature or 1.0,
+        config.checkpoint, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=True
     )
     check_window(config.rollout, {"policy": checkpoint})
     tokenizer, console = tokenizer_of(checkpoint), Console(is_main())

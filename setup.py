@@ -30,7 +30,7 @@ setup(
         # megatron-core's checkpointing imports it without listing it.
         "psutil",
         "einops",
-    "jinja2",
+        "jinja2",
         "rich",
     ],
     extras_require={

@@ -1,4 +1,7 @@
-"""Which rows an optimizer step takes, and which of them a rank owns; no state, so nothing to save."""
+"""Which rows an optimizer step takes, and which of them a rank owns; no state, so nothing to save.
+
+Randomness belongs to what it is for, by name: the same on every machine and rank, and after a resume.
+"""
 
 import hashlib
 from functools import lru_cache
@@ -6,12 +9,20 @@ from functools import lru_cache
 import torch
 
 
+def stream_seed(key: str) -> int:
+    """The seed of the random stream of that name, 63 bits. (`hash` differs from process to process.)"""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+
+
+def random_order(num_items: int, key: str) -> list[int]:
+    """0 to num_items - 1, shuffled by the random stream of that name."""
+    return torch.randperm(num_items, generator=torch.Generator().manual_seed(stream_seed(key))).tolist()
+
+
 @lru_cache(maxsize=4)
 def epoch_order(num_rows: int, *, seed: int, epoch: int) -> tuple[int, ...]:
-    """The rows of one epoch in random order, the same on every machine and rank."""
-    key = hashlib.sha256(f"epoch/{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-    return tuple(torch.randperm(num_rows, generator=generator).tolist())
+    """The rows of one epoch in random order."""
+    return tuple(random_order(num_rows, f"epoch/{seed}/{epoch}"))
 
 
 def batch_rows(num_rows: int, batch_size: int, *, seed: int, step: int) -> list[int]:

@@ -4,7 +4,6 @@ The names are those of the checkpoint, which are the same for local and Transfor
 Fresh weights, Hugging Face conversion and comparison between layouts all go through here.
 """
 
-import hashlib
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from rto_megatron.config.model import ModelConfig
+from rto_megatron.data.sampler import stream_seed
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def fresh_weight(name: str, shape: tuple[int, ...], config: ModelConfig, *, seed
         std = 1 / (config.hidden_size + 1)  # scores start near 0, as in the released code
     elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         std = config.init_std / math.sqrt(2 * config.num_layers)
-    key = hashlib.sha256(f"weights/{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(stream_seed(f"weights/{seed}/{name}"))
     weight = torch.empty(shape).normal_(0, std, generator=generator)
     if name.startswith(("embedding", "output_layer")):
         weight[config.vocab_size :] = 0

@@ -6,7 +6,6 @@ order or layout; only the rounding of the logits can, and that moves an argmax f
 moves the inverse of a cumulative sum.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from rto_megatron.data.sampler import stream_seed
 from rto_megatron.distributed.replica import gather_over_tensor
 
 
 def request_seed(seed: int, step: int, prompt_id: int, sample_id: int) -> int:
     """The random stream of one response, 63 bits: whichever rank, slot or order it is written in."""
-    key = f"{seed}/{step}/{prompt_id}/{sample_id}".encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:8]) >> 1
+    return stream_seed(f"{seed}/{step}/{prompt_id}/{sample_id}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """PPO's updates of policy and critic on the experience of one step."""
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ from rto_megatron.batch import Experience
 from rto_megatron.config.algorithm import PPOConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.run import RTORun
-from rto_megatron.data.sampler import shard
+from rto_megatron.data.sampler import random_order, shard
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.step import Loss, StepResult, head_outputs, token_log_probs, train_step
 from rto_megatron.metrics import Mean, merge, take
@@ -42,9 +41,7 @@ def minibatch_rows(num_rows: int, config: RTORun, *, step: int) -> list[list[int
     """Rows of each minibatch of a step: a random order of all rows an epoch, the same on every rank."""
     size, minibatches = config.samples_per_optimizer_step, []
     for epoch in range(config.ppo.num_epochs):
-        key = hashlib.sha256(f"minibatches/{config.seed}/{step}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
-        order = torch.randperm(num_rows, generator=generator).tolist()
+        order = random_order(num_rows, f"minibatches/{config.seed}/{step}/{epoch}")
         minibatches += [order[start : start + size] for start in range(0, num_rows, size)]
     return minibatches
 

@@ -59,11 +59,12 @@ class Step:
 def run(config: RTORun, runtime: Runtime) -> None:
     """Sample, give every token its reward, and update policy and critic, `num_steps` times."""
     setup, dropped = prepare(config, runtime)
-    actors, kl_coef, clock = setup.actors, config.rto.kl_coef, Clock()
+    actors, kl_coef = setup.actors, config.rto.kl_coef
     held_out = HeldOut.of_run(config, actors.tokenizer, setup.mesh)
     name = stage_name(config)
     with open_run(config, name, setup.mesh, size_table(config, len(setup.prompts), setup.mesh)) as running:
         running.console.say(f"prompts: {dropped}")
+        clock = Clock()
         with running.console.progress(name, total=config.num_steps) as progress:
             for step in range(config.num_steps):
                 evaluation = held_out.measure(actors, step=step, clock=clock)

@@ -10,7 +10,14 @@ from pathlib import Path
 from rto_megatron import __version__
 from rto_megatron.config.load import load_run
 from rto_megatron.config.run import STAGES
-from rto_megatron.distributed.runtime import is_main, prepare_imports, start_runtime, stop_runtime
+from rto_megatron.distributed.runtime import (
+    is_main,
+    is_main_of_node,
+    prepare_imports,
+    rank,
+    start_runtime,
+    stop_runtime,
+)
 from rto_megatron.errors import ConfigError, UserError
 
 USAGE = f"""usage: python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
@@ -32,8 +39,9 @@ def main(words: list[str]) -> int:
     try:
         _run(words[0], words[1:])
     except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr)
+        if is_main_of_node():
+            where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
+            print(f"error{where}: {error}", file=sys.stderr)
         return 2
     return 0
 

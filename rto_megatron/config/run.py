@@ -52,6 +52,14 @@ class SFTRun:
     seed: int = 0
     """Of weights and data order."""
 
+    def __post_init__(self) -> None:
+        if self.start is not None:
+            for name, default in (("model", ModelConfig()), ("tokenizer", TokenizerConfig())):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} must not be set where `start` names a run, which brings its own; delete it"
+                    )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DPORun:

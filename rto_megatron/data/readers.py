@@ -133,7 +133,7 @@ def _read(
         elif too_long == "error":
             raise DataError(
                 f"{row.place}: needs at most {limit} tokens ({limit_name}), has {length}; "
-                f"raise {limit_name}, or set data.too_long to drop"
+                f"raise {limit_name}, or set too_long to drop"
             )
     if not lengths:
         raise DataError(f"{source}: needs at least one row, found none")

@@ -13,6 +13,7 @@ ranks have written their part, so a killed or failed save leaves the last good c
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -118,8 +119,7 @@ def save_checkpoint(
         CheckpointError: some rank could not write; the tracker still names the step before.
     """
     root = run_dir / "checkpoints"
-    final = root / f"step_{manifest.step:08d}"
-    draft = final.with_suffix(".tmp")
+    draft = root / f"step_{manifest.step:08d}.tmp"
     with _all_or_none(draft):
         if is_main():
             shutil.rmtree(draft, ignore_errors=True)
@@ -136,10 +136,21 @@ def save_checkpoint(
         if is_main():
             (draft / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1))
             _sync_tree(draft)
-            shutil.rmtree(final, ignore_errors=True)
+            final = _free_name(root, manifest.step)
             draft.rename(final)
             _replace(root / TRACKER, final.name + "\n")
-    return final
+            for older in root.glob(f"step_{manifest.step:08d}*"):
+                if older != final:
+                    shutil.rmtree(older)
+    return _step_folder(run_dir)
+
+
+def _free_name(root: Path, step: int) -> Path:
+    """A folder for this step that is not there yet: the one that the tracker names stays until the new one is named."""
+    path, tries = root / f"step_{step:08d}", itertools.count(1)
+    while path.exists():
+        path = root / f"step_{step:08d}.{next(tries)}"
+    return path
 
 
 @contextlib.contextmanager

@@ -66,6 +66,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_main_of_node() -> bool:
+    """Whether this is the rank that tells the user what is wrong on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def prepare_imports() -> None:
     """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras."""
     check_transformer_engine()

@@ -88,7 +88,8 @@ def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[
     if config.rto.dpo_coef > 0 and config.dpo is not None:
         check_lineage(open_checkpoint(config.dpo), from_reference, allowed=config.allow_other_reference)
         dpo, parents["dpo"] = load_role(config.dpo, "policy", mesh, frozen=True, **cut)
-    if config.rto.score_coef > 0 and config.reward_model is not None:
+    scored = config.rto.score_coef > 0 or isinstance(config, EvaluateRun)  # an evaluation always shows the score
+    if scored and config.reward_model is not None:
         model, parent = load_role(config.reward_model, "value", mesh, frozen=True, **cut)
         if parent.manifest.stage != "reward":
             raise CheckpointError(

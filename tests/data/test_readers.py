@@ -191,9 +191,7 @@ LIMITS = [("sft", "data.max_length"), ("pairs", "data.max_length"), ("prompts", 
 def test_a_long_row_may_be_an_error_with_its_token_count(kind, limit, tokenizer, tmp_path):
     row = {"messages": [USER], "response": "a", "chosen": "a", "rejected": "b"}
     source = write(tmp_path / "rows.jsonl", row)
-    message = (
-        rf"rows\.jsonl:1: needs at most 3 tokens \({limit}\), has \d+; raise {limit}, or set data\.too_long to drop"
-    )
+    message = rf"rows\.jsonl:1: needs at most 3 tokens \({limit}\), has \d+; raise {limit}, or set too_long to drop"
     with pytest.raises(DataError, match=message):
         READERS[kind](source, tokenizer, 3, "error")
     with pytest.raises(

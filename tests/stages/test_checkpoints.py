@@ -98,6 +98,26 @@ def test_a_hugging_face_folder_is_told_from_a_run(tmp_path):
         open_it(tmp_path)
 
 
+def save_again(run):
+    """Save the weights of a run over themselves."""
+    from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+    from rto_megatron.distributed.checkpoint import save_checkpoint
+    from rto_megatron.distributed.mesh import build_mesh
+    from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.stages.roles import load_role, tokenizer_of
+
+    mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)
+    model, checkpoint = load_role(run, "policy", mesh, parallel=ParallelConfig(), compute=ComputeConfig(), frozen=True)
+    return save_checkpoint(run, checkpoint.manifest, {"policy": model}, tokenizer_of(checkpoint).save)
+
+
+def test_a_step_that_is_saved_again_takes_another_name_before_the_old_one_goes(chain, tmp_path):
+    run, folder = damaged(chain, tmp_path)
+    assert run_ranks(save_again, 1, run) == [folder.with_name(folder.name + ".1")]
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["latest.txt", folder.name + ".1"]
+    assert run_ranks(save_again, 1, run) == [folder]
+
+
 def fail_to_save(chain, run):
     """Save over a run while one rank cannot write its tokenizer; what the user is told."""
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig

@@ -192,7 +192,7 @@ def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> No
         hint = "; a value model has no output layer, start from a policy" if "output_layer" in absent[0] else ""
         raise CheckpointError(f"{folder}: lacks {absent[0]}{hint}")
     try:
-        loaded = dist_checkpointing.load(state, folder)
+        loaded: Any = dist_checkpointing.load(state, folder)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({error})") from None
     model.load_state_dict(loaded, strict=False)

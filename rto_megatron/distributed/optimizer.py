@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from megatron.core.distributed import (
@@ -20,14 +20,16 @@ from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.errors import UserError
 
+Model = TypeVar("Model", bound=MegatronModule)
+
 
 @dataclass(frozen=True)
-class Trainable:
+class Trainable(Generic[Model]):
     """A model with gradients and an optimizer; frozen roles are plain models."""
 
     name: str
     """Role, for messages."""
-    model: MegatronModule
+    model: Model
     """The model itself, for scoring, generation and checkpoints."""
     ddp: DistributedDataParallel
     """The same model, its gradients summed over data-parallel ranks."""
@@ -62,7 +64,7 @@ class Trainable:
         return norm
 
 
-def make_trainable(name: str, model: MegatronModule, config: OptimizerConfig, mesh: Mesh) -> Trainable:
+def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh) -> Trainable[Model]:
     """Wrap a model for training; its weights must be loaded before, for the optimizer copies them."""
     megatron = model.config
     ddp = DistributedDataParallel(

@@ -22,13 +22,18 @@ from rto_megatron.distributed.optimizer import Trainable
 class Batch(Protocol):
     """Rows of tokens: any record of `rto_megatron.batch`."""
 
-    tokens: Tensor
-    num_tokens: Tensor
-    response_mask: Tensor
+    @property
+    def tokens(self) -> Tensor: ...
+
+    @property
+    def num_tokens(self) -> Tensor: ...
+
+    @property
+    def response_mask(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 
-    def rows(self, index: Any, *, multiple: int = 1) -> "Batch": ...
+    def rows(self, index: Any, *, multiple: int = 1) -> Any: ...
 
 
 Forward = Callable[[MegatronModule, Any], Tensor]

@@ -74,7 +74,9 @@ class PolicyModel(GPTModel):
         """This rank's rows of the output layer, [padded vocabulary / tensor ranks, hidden]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        weight = self.output_layer.weight
+        assert weight is not None  # only tied embeddings leave it out
+        return weight
 
 
 def build_model(
@@ -87,7 +89,7 @@ def build_model(
     temperature: float = 1.0,
     banned_ids: tuple[int, ...] = (),
     seed: int = 0,
-) -> PolicyModel | ScalarModel:
+) -> Any:
     """This rank's part of a model with fresh weights, the same in every layout for the same seed.
 
     Raises:
@@ -178,13 +180,16 @@ def _layer_spec(config: ModelConfig, mesh: Mesh) -> ModuleSpec | TransformerBloc
     """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
     if mesh.runtime.has_transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_norm)
+    spec: Any = get_gpt_layer_local_spec(
+        normalization="RMSNorm", qk_layernorm=config.qk_norm
+    )  # its annotations say object
     layer, attention = spec.submodules, spec.submodules.self_attention
     attention.submodules.core_attention = CausalAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules([spec] * (config.num_layers // mesh.pipeline.size), RMSNorm)
+    norm: Any = RMSNorm
+    return TransformerBlockSubmodules([spec] * (config.num_layers // mesh.pipeline.size), norm)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

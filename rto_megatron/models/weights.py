@@ -49,7 +49,7 @@ def shards(model: MegatronModule) -> Iterator[Shard]:
     """All pieces that this rank holds, in the model's own order."""
     state = model.sharded_state_dict()
     for value in state.values():
-        if isinstance(value, ShardedTensor | ShardedTensorFactory):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
             value.data = value.data.detach()  # a factory's pieces are views only of a detached tensor
     apply_factories(state)
     for tensor in nested_values(state):
@@ -63,6 +63,7 @@ def _shard(tensor: ShardedTensor) -> Shard:
         layer, key = int(named[1]), "decoder.layers.{i}." + named[2]
     elif key.startswith("decoder.layers."):  # all layers under one name, the layer as first axis
         layer, key = tensor.global_offset[0], "decoder.layers.{i}." + key.removeprefix("decoder.layers.")
+    assert tensor.data is not None  # only shards that are being loaded lack it
     replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
     return Shard(
         key=key,

@@ -7,10 +7,10 @@ The tests hold it to Megatron's own forward.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 from torch.nn import functional as F
 
 from rto_megatron.distributed.replica import (
@@ -39,7 +39,7 @@ class _Layer:
     fc2: Tensor
 
     @classmethod
-    def of(cls, layer: Module) -> "_Layer":
+    def of(cls, layer: Any) -> "_Layer":
         attention, mlp = layer.self_attention, layer.mlp
         qk_norm = attention.config.qk_layernorm
         return cls(
@@ -55,7 +55,7 @@ class _Layer:
         )
 
 
-def _norm_weight(norm: Module, linear: Module) -> Tensor:
+def _norm_weight(norm: Any, linear: Any) -> Tensor:
     """Transformer Engine keeps a norm's weight in the linear layer that follows it."""
     return linear.layer_norm_weight if hasattr(linear, "layer_norm_weight") else norm.weight
 
@@ -64,8 +64,9 @@ class ForwardPass:
     """What this rank computes of a pass over packed rows; a row is one token of some sequence."""
 
     def __init__(self, model: PolicyModel) -> None:
-        config, attention = model.config, model.decoder.layers[0].self_attention
-        self._model = model
+        config: Any = model.config  # Megatron fills what its annotations call optional
+        attention: Any = model.decoder.layers[0].self_attention
+        self._model: Any = model
         self._tensor, self._pipeline = model.pg_collection.tp, model.pg_collection.pp
         self._layers = [_Layer.of(layer) for layer in model.decoder.layers]
         self._hidden_size, self._dtype = config.hidden_size, config.params_dtype

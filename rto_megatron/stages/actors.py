@@ -42,8 +42,8 @@ class Judges:
 class Actors:
     """The roles of a run: two that learn and up to three that judge."""
 
-    policy: Trainable
-    critic: Trainable | None
+    policy: Trainable[PolicyModel]
+    critic: Trainable[ScalarModel] | None
     judges: Judges
     tokenizer: Tokenizer
     parents: dict[str, Checkpoint]

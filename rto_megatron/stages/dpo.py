@@ -1,5 +1,7 @@
 """Direct preference optimization (arXiv 2305.18290): a policy whose log-ratio to the reference is a reward."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ def with_reference(
 def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
     """The DPO loss, averaged over the pairs of the minibatch."""
 
-    def collate(rows: list[ScoredRow]) -> DPOBatch:
+    def collate(rows: Sequence[ScoredRow]) -> DPOBatch:
         pairs = collate_preferences([row for row, _ in rows], tokenizer.pad_id)
         return DPOBatch(
             tokens=pairs.tokens,

@@ -47,7 +47,7 @@ def render_messages(template: str, messages: Sequence[Message], special_tokens: 
     """
     try:
         return _compile(template).render(messages=list(messages), add_generation_prompt=True, **special_tokens)
-    except TemplateError as error:
+    except Exception as error:  # a template is code, and raises what its expressions raise
         raise DataError(f"the chat template cannot render these messages: {error}") from None
 
 

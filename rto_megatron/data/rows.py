@@ -65,6 +65,7 @@ class Row:
             self.fail(f"needs text in '{name}', got {_short(value)}")
         if not value.strip():
             self.fail(f"needs {wanted or f'a non-empty {name!r}'}")
+        self._check_characters(value, name)
         return value
 
     def messages(self, name: str) -> list[Message]:
@@ -79,7 +80,15 @@ class Row:
                 self.fail(f"needs a role out of {', '.join(ROLES)}, got {message.get('role')!r} in '{name}' {number}")
             if not message["content"].strip():
                 self.fail(f"needs a non-empty 'content' in every message, but '{name}' {number} is empty")
+            self._check_characters(message["content"], name)
         return [{"role": message["role"], "content": message["content"]} for message in value]
+
+    def _check_characters(self, text: str, name: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can hold half an emoji, tokenizers cannot
+            half = text[error.start]
+            self.fail(f"needs whole characters in '{name}', but character {error.start + 1} is half of one, {half!r}")
 
     def _ends_with_user(self, messages: list[Message], name: str) -> list[Message]:
         if not messages or messages[-1]["role"] != "user":

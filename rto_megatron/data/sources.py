@@ -29,21 +29,25 @@ def open_source(source: str) -> Iterator[Row]:
 def _json_lines(path: Path) -> Iterator[Row]:
     try:
         # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows inside a string.
-        with path.open(encoding="utf-8", newline="\n") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Row(_json_object(line, f"{path}:{number}"), f"{path}:{number}")
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such data file; paths are relative to the working directory") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: must be a readable UTF-8 file of JSON lines, got: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: must be a readable file of JSON lines, got: {error.strerror}") from None
 
 
-def _json_object(line: str, place: str) -> dict:
+def _json_object(line: bytes, place: str) -> dict:
     try:
-        value = json.loads(line.rstrip())
+        value = json.loads(line.decode("utf-8").rstrip())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: must be UTF-8 text, but byte {error.start + 1} of the line breaks it") from None
     except json.JSONDecodeError as error:
         raise DataError(f"{place}: must be one JSON object, but column {error.colno} breaks it: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        raise DataError(f"{place}: must be one JSON object that Python can hold, got: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{place}: must be one JSON object, found a {type(value).__name__}")
     return value

@@ -116,6 +116,21 @@ GOOD_PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
 BAD_ROWS = {
     "broken JSON": ("prompts", '{"prompt": ', r"must be one JSON object, but column 11 breaks it: Expecting value"),
+    "a number of 5000 digits": (
+        "prompts",
+        '{"prompt": ' + "9" * 5000 + "}",
+        r"must be one JSON object that Python can",
+    ),
+    "half an emoji": (
+        "prompts",
+        '{"prompt": "a \\ud83d"}',
+        r"needs whole characters in 'prompt', but character 3 is half of one, '\\ud83d', found keys",
+    ),
+    "half an emoji in a message": (
+        "prompts",
+        '{"messages": [{"role": "user", "content": "\\ud83d"}]}',
+        r"needs whole characters in 'messages', but character 1 is half",
+    ),
     "no object": ("prompts", "[1]", r"must be one JSON object, found a list"),
     "no prompt": ("prompts", {"question": "x"}, r"needs a non-empty 'prompt' or 'messages', found keys \['question'\]"),
     "an empty prompt": (
@@ -224,6 +239,12 @@ def test_what_the_template_refuses_names_its_line(tokenizer, tmp_path, monkeypat
         prompts(write(tmp_path / "rows.jsonl", {"prompt": "x"}), tokenizer)
 
 
+def test_a_template_that_breaks_names_its_line(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer, "template", "{{ 1 + 'a' }}")
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template cannot render .*: unsupported operand"):
+        prompts(write(tmp_path / "rows.jsonl", {"prompt": "x"}), tokenizer)
+
+
 def test_a_template_that_renders_nothing_is_an_error(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "template", "{# nothing #}")
     with pytest.raises(DataError, match=r"rows\.jsonl:1: needs a prompt of at least one token"):
@@ -242,7 +263,13 @@ def test_an_empty_file_is_named(tokenizer, tmp_path):
         prompts(str(tmp_path / "empty.jsonl"), tokenizer)
 
 
-def test_a_file_that_is_not_text_is_named(tokenizer, tmp_path):
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(DataError, match=r"binary\.jsonl: must be a readable UTF-8 file of JSON lines"):
-        prompts(str(tmp_path / "binary.jsonl"), tokenizer)
+def test_a_line_that_is_not_utf8_is_named(tokenizer, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "x"}\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(DataError, match=r"latin\.jsonl:2: must be UTF-8 text, but byte 16 of the line breaks it"):
+        prompts(str(tmp_path / "latin.jsonl"), tokenizer)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tokenizer, tmp_path):
+    (tmp_path / "rows.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"rows\.jsonl: must be a readable file of JSON lines, got: Is a directory"):
+        prompts(str(tmp_path / "rows.jsonl"), tokenizer)

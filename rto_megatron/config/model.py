@@ -93,8 +93,8 @@ class ModelConfig:
                 f"model.num_attention_heads must divide hidden_size {self.hidden_size}, "
                 f"got {self.num_attention_heads}; or set model.head_dim"
             )
-        if self.kv_channels % 2:
-            raise ValueError(f"model.head_dim must be even for rotary embeddings, got {self.kv_channels}")
+        if self.kv_channels < 2 or self.kv_channels % 2:
+            raise ValueError(f"model.head_dim must be even (rotary embeddings) and 2 or more, got {self.kv_channels}")
         for name in ("norm_epsilon", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"model.{name} must be positive, got {getattr(self, name)}")
@@ -102,7 +102,7 @@ class ModelConfig:
     @property
     def kv_channels(self) -> int:
         """Width of one head."""
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
     @property
     def padded_vocab_size(self) -> int:

@@ -229,6 +229,8 @@ class EvaluateRun:
     def __post_init__(self) -> None:
         if not self.checkpoints:
             raise ValueError("checkpoints must name at least one run, got none")
+        if len(set(self.checkpoints)) < len(self.checkpoints):
+            raise ValueError(f"checkpoints must name each run once, got {', '.join(map(str, self.checkpoints))}")
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ValueError(f"max_prompts must be 1 or more or null, got {self.max_prompts}; null takes all")
 

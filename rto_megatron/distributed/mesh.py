@@ -13,6 +13,7 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from rto_megatron.config.parallel import ParallelConfig
 from rto_megatron.distributed.runtime import Runtime, world_size
+from rto_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
     until the process ends, so groups are never torn down and rebuilt.
 
     Raises:
-        ConfigError: tensor x pipeline does not divide the world.
+        ConfigError: tensor x pipeline does not divide the world, or the seed is out of range.
     """
+    if not 0 <= seed < 2**63:  # torch takes no more bits, and each stage adds to it
+        raise ConfigError(f"seed must be 0 or more and below 2^63, got {seed}")
     num_data = parallel.data(world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)

@@ -156,6 +156,10 @@ BAD_FILES = {
         SFT + "seed: 0\noptimizer:\n  lr: -1\n",
         r"RUN\.yaml:6: optimizer\.lr must be positive, got -1\.0",
     ),
+    "a head without width": (
+        SFT + "model: {head_dim: 0}\n",
+        r"RUN\.yaml:4: model\.head_dim must be even .* and 2 or more, got 0",
+    ),
     "fields that do not fit": (
         SFT + "model:\n  num_query_groups: 3\n",
         r"RUN\.yaml:5: model\.num_query_groups must divide num_attention_heads 4, got 3",
@@ -226,6 +230,11 @@ def test_a_rule_about_a_field_that_nobody_set_points_at_the_file(tmp_path):
     words = [word for word in REQUIRED["rto"] if not word.startswith("--dpo")]
     with pytest.raises(ConfigError, match=r"rto\.yaml: dpo must name the DPO run, got null; or set rto\.dpo_coef to 0"):
         load_run("rto", path, words)
+
+
+def test_a_run_that_is_compared_with_itself_is_an_error():
+    with pytest.raises(ConfigError, match=r"line: checkpoints must name each run once, got a, a/b, a$"):
+        load_run("evaluate", None, [*REQUIRED["evaluate"], "--checkpoints", "a", "a/b", "a/"])
 
 
 def test_help_lists_every_field_and_exits_with_0(capsys):

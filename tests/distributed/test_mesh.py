@@ -68,3 +68,14 @@ def test_tensor_ranks_share_the_default_stream_and_differ_in_megatrons():
     (shared_0, own_0, after_0), (shared_1, own_1, after_1) = run_ranks(draw, 2)
     assert torch.equal(shared_0, shared_1) and torch.equal(after_0, after_1)
     assert not torch.equal(own_0, own_1)
+
+
+def message_of_a_seed(seed):
+    with pytest.raises(ConfigError) as error:
+        build_mesh(ParallelConfig(), start_runtime(threads=1), seed=seed)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_cannot_take_is_the_users_mistake(seed):
+    assert run_ranks(message_of_a_seed, 1, seed) == [f"seed must be 0 or more and below 2^63, got {seed}"]

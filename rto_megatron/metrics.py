@@ -12,6 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rto_megatron.errors import UserError
 from rto_megatron.metric_names import METRICS
 
 if TYPE_CHECKING:
@@ -105,11 +106,13 @@ class TensorBoardLog:
             return
         from torch.utils.tensorboard import SummaryWriter  # costs a second, and only one rank needs it
 
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        _keep_rows_before(path, start)
-        self._rows = path.open("a")
-        self._writer = SummaryWriter(str(folder), purge_step=start)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _keep_rows_before(path, start)
+            self._rows = path.open("a")
+            self._writer = SummaryWriter(str(folder), purge_step=start)
+        self._folder = folder
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Add one row; `values` maps names of METRICS to numbers."""
@@ -118,18 +121,31 @@ class TensorBoardLog:
             raise ValueError(f"{', '.join(unknown)}: not in METRICS; give it a meaning and a unit in metric_names.py")
         if self._writer is None:
             return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._rows.write(json.dumps({"step": step, **values}) + "\n")
-        # A run that is killed must leave what it has measured.
-        self._rows.flush()
-        self._writer.flush()
+        with _writing(self._folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._rows.write(json.dumps({"step": step, **values}) + "\n")
+            # A run that is killed must leave what it has measured.
+            self._rows.flush()
+            self._writer.flush()
 
     def close(self) -> None:
         """Close both files; nothing may be written after."""
         if self._writer is not None:
-            self._writer.close()
-            self._rows.close()
+            with _writing(self._folder):
+                self._writer.close()
+                self._rows.close()
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{folder}: the metrics cannot be written ({reason}); make room, or set another run_dir"
+        ) from None
 
 
 def _keep_rows_before(path: Path, start: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rto_megatron.errors import UserError
 from rto_megatron.metric_names import METRICS, metrics_page
 from rto_megatron.metrics import Console, Max, Mean, TensorBoardLog, format_number, merge, take
 
@@ -172,6 +173,12 @@ def test_ranks_that_are_not_enabled_are_silent(screen):
     with console.progress("rto", total=1) as steps:
         steps.done(0, {"score": 1.0})
     assert screen.getvalue() == ""
+
+
+def test_a_log_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match=r"tensorboard: the metrics cannot be written \(File exists\); make room, or"):
+        TensorBoardLog(tmp_path / "tensorboard", enabled=True)
 
 
 def test_numbers_are_shown_short():

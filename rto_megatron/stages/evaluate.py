@@ -10,11 +10,12 @@ from rto_megatron.algorithms.rewards import shape_token_rewards
 from rto_megatron.config.run import EvaluateRun
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import open_checkpoint
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.metrics import Console, format_number
 from rto_megatron.stages.actors import check_window, load_judges
-from rto_megatron.stages.generate import check_writable, write_json_lines
+from rto_megatron.stages.generate import check_writable, json_lines, write_text
 from rto_megatron.stages.held_out import Answers, answer
 from rto_megatron.stages.roles import check_same_tokenizer, load_role, tokenizer_of
 
@@ -44,17 +45,21 @@ class Row:
 def run(config: EvaluateRun, runtime: Runtime) -> None:
     """Answer the held-out prompts with each policy, judge, print and write the table."""
     mesh, console = build_mesh(config.parallel, runtime, seed=config.seed), Console(is_main())
-    check_writable(config.run_dir / "evaluation.json")
+    check_writable("run_dir", config.run_dir / "evaluation.json")
     judges, parents = load_judges(config, mesh)
     tokenizer = tokenizer_of(parents["reference"])
     prompts, dropped = read_prompts(
         config.prompts, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, too_long=config.too_long
     )
     prompts = prompts[: config.max_prompts]
+    # all of them, before the first one's answers take an hour
+    candidates = {str(path): open_checkpoint(path) for path in config.checkpoints}
+    check_same_tokenizer(*parents.values(), *candidates.values())
+    check_window(config.rollout, {**parents, **candidates})
     console.say(f"prompts: {dropped}; answering {len(prompts)}")
     rows = []
     for path in config.checkpoints:
-        policy, checkpoint = load_role(
+        policy, _ = load_role(
             path,
             "policy",
             mesh,
@@ -63,8 +68,6 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
             frozen=True,
             temperature=config.rollout.temperature or 1.0,
         )
-        check_same_tokenizer(parents["reference"], checkpoint)
-        check_window(config.rollout, {**parents, str(path): checkpoint})
         name = path.name if len({p.name for p in config.checkpoints}) == len(config.checkpoints) else str(path)
         rows.append(Row(name, answer(policy, prompts, config, judges, tokenizer, mesh)))
     table = [summarise(row, rows[0], config) for row in rows]
@@ -120,17 +123,18 @@ def _responses(row: Row, tokenizer: Tokenizer) -> list[str]:
 def _write(
     folder: Path, table: list[dict[str, object]], rows: list[Row], prompts: list[PromptRow], tokenizer: Tokenizer
 ) -> None:
-    (folder / "evaluation.json").write_text(json.dumps({"columns": COLUMNS, "rows": table}, indent=1))
     lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([format_number(row[name]) for name in COLUMNS] for row in table)]
-    (folder / "evaluation.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
     texts = {row.name: _responses(row, tokenizer) for row in rows}
-    write_json_lines(
-        folder / "responses.jsonl",
-        [
-            {"prompt": prompt.text, "responses": {name: responses[i] for name, responses in texts.items()}}
-            for i, prompt in enumerate(prompts)
-        ],
-    )
+    answers = [
+        {"prompt": prompt.text, "responses": {name: responses[i] for name, responses in texts.items()}}
+        for i, prompt in enumerate(prompts)
+    ]
+    for name, text in {
+        "evaluation.json": json.dumps({"columns": COLUMNS, "rows": table}, indent=1),
+        "evaluation.md": "".join(f"| {' | '.join(line)} |\n" for line in lines),
+        "responses.jsonl": json_lines(answers),
+    }.items():
+        write_text("run_dir", folder / name, text)
 
 
 def _show(

@@ -9,13 +9,14 @@ from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
-from rto_megatron.distributed.runtime import Runtime, is_main
+from rto_megatron.distributed.runtime import Runtime, is_main, rank
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import check_window
 from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.run import writing
 
 PROMPTS_AT_A_TIME = 512
 """Per replica: between two rounds the progress moves."""
@@ -24,7 +25,7 @@ PROMPTS_AT_A_TIME = 512
 def run(config: GenerateRun, runtime: Runtime) -> None:
     """Answer all prompts, in file order; the file is complete or not there."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
-    check_writable(config.out)
+    check_writable("out", config.out)
     model, checkpoint = load_role(
         config.checkpoint, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=True
     )
@@ -43,7 +44,7 @@ def run(config: GenerateRun, runtime: Runtime) -> None:
             answers += _answer(model, block, config, tokenizer, mesh)
             progress.done(number)
     if is_main():
-        write_json_lines(config.out, answers)
+        write_text("out", config.out, json_lines(answers))
     console.say(f"answers: {config.out}")
 
 
@@ -72,19 +73,28 @@ def _answer(
     return answers
 
 
-def check_writable(path: Path) -> None:
-    """Raise ConfigError now rather than after hours if the folder of `out` cannot be made."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out {path}: cannot be written ({error.strerror})") from None
+def check_writable(name: str, path: Path) -> None:
+    """Raise ConfigError with the field `name` now rather than after hours if a file cannot be written at `path`."""
     if path.is_dir():
-        raise ConfigError(f"out {path}: is a folder; name a file")
+        raise ConfigError(f"{name} {path}: is a folder; name a file")
+    draft = path.with_name(f"{path.name}.{rank()}.tmp")
+    with writing(name, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.unlink()
 
 
-def write_json_lines(path: Path, rows: list[dict]) -> None:
-    """Write a JSONL file that is complete or not there."""
+def write_text(name: str, path: Path, text: str) -> None:
+    """Write a file that is complete or not there; ConfigError with the field `name` if it cannot be."""
     draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    draft.replace(path)
+    with writing(name, path):
+        try:
+            draft.write_text(text)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def json_lines(rows: list[dict]) -> str:
+    """The text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

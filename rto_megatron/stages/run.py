@@ -48,6 +48,15 @@ class Run:
 
 
 @contextmanager
+def writing(name: str, path: Path) -> Iterator[None]:
+    """Raise ConfigError with the field `name` where the block cannot write: a full disk, a folder of somebody else."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
+
+
+@contextmanager
 def open_run(config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, object]]) -> Iterator[Run]:
     """Make the run folder, write the resolved config into it, print what was derived, and open the log.
 
@@ -56,11 +65,9 @@ def open_run(config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, obj
     """
     folder, console = config.run_dir, Console(is_main())
     if is_main():
-        try:
+        with writing("run_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.yaml").write_text(dump_run(config))
-        except OSError as error:
-            raise ConfigError(f"run_dir {folder}: cannot be written ({error.strerror})") from None
     barrier()
     layout = f"tensor {mesh.tensor.size} x pipeline {mesh.pipeline.size} x data {mesh.data.size}"
     layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"

@@ -41,9 +41,8 @@ class Manifest:
 
     stage: str
     step: int
-    roles: tuple[str, ...]
-    """Folders of weights: `policy`, `value` or `critic`."""
-    model: ModelConfig
+    models: dict[str, ModelConfig]
+    """Role -> architecture. Each role has a folder of weights: `policy`, `value` or `critic`."""
     tokenizer: str
     """Digest of tokenizer and chat template."""
     parents: dict[str, str] = field(default_factory=dict)
@@ -52,6 +51,15 @@ class Manifest:
     """Of a reward model's raw scores: on its held-out rows, or its training rows where there are none."""
     score_std: float = 1.0
     """Standard deviation of the same."""
+
+    def architecture_for(self, kind: str) -> ModelConfig:
+        """Of that role."""
+        return self.models[self.role_for(kind)]
+
+    def role_for(self, kind: str) -> str:
+        """The role that a policy or a value model starts from: its own kind if it is there, else the backbone."""
+        wanted = ("policy",) if kind == "policy" else ("value", "critic")
+        return next((role for role in wanted if role in self.models), next(iter(self.models)))
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     folder = _step_folder(path)
     try:
-        raw = json.loads((folder / "checkpoint.json").read_text())
+        text = (folder / "checkpoint.json").read_bytes()
+        raw = json.loads(text)
         integrity = (folder / "integrity.json").read_bytes()
     except FileNotFoundError as missing:
         raise CheckpointError(
@@ -84,12 +93,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/checkpoint.json: cannot be read ({error})") from None
-    if raw.pop("format", None) != FORMAT:
+    if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise CheckpointError(f"{folder}/checkpoint.json: format must be {FORMAT}; it was written by another version")
-    scaling = raw["model"].pop("rope_scaling")
-    model = ModelConfig(**raw.pop("model"), rope_scaling=RopeScaling(**scaling) if scaling else None)
-    manifest = Manifest(**{**raw, "roles": tuple(raw["roles"])}, model=model)
-    return Checkpoint(folder, manifest, hashlib.sha256(integrity).hexdigest()[:16])
+    if hashlib.sha256(text).hexdigest() != _written_hashes(folder).get("checkpoint.json"):
+        raise CheckpointError(_changed(folder / "checkpoint.json"))
+    models = {role: _architecture(model) for role, model in raw.pop("models").items()}
+    return Checkpoint(folder, Manifest(**raw, models=models), hashlib.sha256(integrity).hexdigest()[:16])
+
+
+def _architecture(raw: dict[str, Any]) -> ModelConfig:
+    scaling = raw.pop("rope_scaling")
+    return ModelConfig(**raw, rope_scaling=RopeScaling(**scaling) if scaling else None)
 
 
 def _step_folder(path: Path) -> Path:
@@ -105,6 +119,8 @@ def _step_folder(path: Path) -> Path:
         if (path / "config.json").exists():
             hint = "; it looks like a Hugging Face folder: bring it in with `python -m rto_megatron convert`"
         raise CheckpointError(f"{path}: holds no finished checkpoint ({root / TRACKER} is missing){hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: must be a run folder, but {root / TRACKER} cannot be read ({error})") from None
 
 
 def save_checkpoint(
@@ -160,7 +176,11 @@ def _all_or_none(draft: Path) -> Any:
     try:
         yield
     except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-        reason = f"rank {rank()}: {type(error).__name__}: {error}"
+        # megatron-core's messages hold whole tracebacks, whose last line says what happened
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" )")]
+        reason = f"rank {rank()}: {type(error).__name__}: {lines[-1] if lines else 'without a message'}"
+        with contextlib.suppress(OSError):  # torch does not say that the disk is full
+            reason += f"; {shutil.disk_usage(draft.parent).free >> 20} MiB are free there"
     reasons = [r for r in gather_objects(reason) if r]
     if reasons:
         if is_main():
@@ -205,22 +225,27 @@ def _weights(model: MegatronModule) -> dict[str, Any]:
 
 def _verify(checkpoint: Checkpoint) -> None:
     """Compare all files with their hashes: loading writes into live weights, so it must not fail half-way."""
-    path = checkpoint.folder / "integrity.json"
-    try:
-        want = json.loads(path.read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged") from None
     have = _hash_files(checkpoint.folder)
-    for name, digest in sorted(want.items()):
+    for name, digest in sorted(_written_hashes(checkpoint.folder).items()):
         if name not in have:
             raise CheckpointError(
                 f"{checkpoint.folder / name}: is missing; the checkpoint is damaged, restore it or train again"
             )
         if have[name] != digest:
-            raise CheckpointError(
-                f"{checkpoint.folder / name}: changed since it was saved; the checkpoint is damaged, "
-                "restore it or train again"
-            )
+            raise CheckpointError(_changed(checkpoint.folder / name))
+
+
+def _changed(path: Path) -> str:
+    return f"{path}: changed since it was saved; the checkpoint is damaged, restore it or train again"
+
+
+def _written_hashes(folder: Path) -> dict[str, str]:
+    """Relative name -> sha256 of every file, as it was saved."""
+    path = folder / "integrity.json"
+    try:
+        return dict(json.loads(path.read_text())["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged, restore it or train again") from None
 
 
 def _hash_files(folder: Path) -> dict[str, str]:

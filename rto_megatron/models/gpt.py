@@ -88,9 +88,11 @@ def build_model(
     compute: ComputeConfig,
     temperature: float = 1.0,
     banned_ids: tuple[int, ...] = (),
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Any:
     """This rank's part of a model with fresh weights, the same in every layout for the same seed.
+
+    With `seed` None nothing is known of the weights: they are to be loaded.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -113,7 +115,8 @@ def build_model(
     model.true_vocab, model.max_length = config.vocab_size, config.max_length
     if isinstance(model, PolicyModel):
         model.temperature, model.log_prob_chunk, model.banned_ids = temperature, compute.log_prob_chunk, banned_ids
-    initialize(model, config, seed=seed)
+    if seed is not None:
+        initialize(model, config, seed=seed)
     return model.to(mesh.device)
 
 

@@ -76,13 +76,18 @@ def _shard(tensor: ShardedTensor) -> Shard:
 
 
 @torch.no_grad()
-def initialize(model: MegatronModule, config: ModelConfig, *, seed: int) -> None:
+def initialize(model: MegatronModule, config: ModelConfig, *, seed: int, only: str = "") -> None:
     """Fill with fresh weights: normal, std `init_std`, narrower by sqrt(2 layers) where a layer adds to the residual.
 
     Each weight has a random stream of its own, keyed by seed and name, so that a seed means the same
     model in every layout. Norms are 1, biases and the vocabulary's padding 0.
+
+    Args:
+        only: fill the weights whose names begin with this, and leave the others.
     """
     for shard in shards(model):
+        if not shard.name.startswith(only):
+            continue
         shard.data.copy_(fresh_weight(shard.name, shard.full_shape, config, seed=seed)[shard.slices])
 
 

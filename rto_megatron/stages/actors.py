@@ -120,10 +120,11 @@ def check_window(rollout: RolloutConfig, parents: dict[str, Checkpoint]) -> None
     """Raise ConfigError if a prompt and its response may be longer than a role can see."""
     window = rollout.max_prompt_tokens + rollout.max_new_tokens
     for role, parent in parents.items():
-        if window > parent.manifest.model.max_length:
+        longest = min(model.max_length for model in parent.manifest.models.values())
+        if window > longest:
             raise ConfigError(
                 f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
-                f"{rollout.max_new_tokens} must be at most the {parent.manifest.model.max_length} tokens that the "
+                f"{rollout.max_new_tokens} must be at most the {longest} tokens that the "
                 f"{role} ({parent.folder}) can see, got {window}"
             )
 

@@ -57,9 +57,9 @@ def _bring_in(config: ConvertRun, mesh: Mesh) -> None:
     model_config = config_from_hf(config.source)
     tokenizer = load_tokenizer(config.source, config.chat_template)
     check_vocabulary(tokenizer, model_config.vocab_size)
-    model = build_model(model_config, mesh, kind="policy", parallel=config.parallel, compute=config.compute)
+    model = build_model(model_config, mesh, kind="policy", parallel=config.parallel, compute=config.compute, seed=None)
     load_hf(model, config.source, model_config)
-    manifest = Manifest(stage="convert", step=0, roles=("policy",), model=model_config, tokenizer=tokenizer.digest())
+    manifest = Manifest(stage="convert", step=0, models={"policy": model_config}, tokenizer=tokenizer.digest())
     save_checkpoint(config.out, manifest, {"policy": model}, tokenizer.save)
 
 
@@ -69,10 +69,10 @@ def _write_out(config: ConvertRun, mesh: Mesh) -> None:
             f"chat_template must be null where a run is written out: it has its own; got {config.chat_template}"
         )
     checkpoint = open_checkpoint(config.source)
-    if "policy" not in checkpoint.manifest.roles:
+    if "policy" not in checkpoint.manifest.models:
         raise CheckpointError(
-            f"{checkpoint.folder}: must hold a policy to be written out, holds {', '.join(checkpoint.manifest.roles)}"
+            f"{checkpoint.folder}: must hold a policy to be written out, holds {', '.join(checkpoint.manifest.models)}"
         )
     tokenizer = tokenizer_of(checkpoint)
     model, _ = load_role(config.source, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=True)
-    save_hf(model, checkpoint.manifest.model, config.out, tokenizer)
+    save_hf(model, checkpoint.manifest.models["policy"], config.out, tokenizer)

@@ -32,8 +32,8 @@ def run(config: DPORun, runtime: Runtime) -> None:
     model, parent = load_role(
         config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
     )
-    tokenizer = tokenizer_of(parent)
-    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, parent.manifest.model, mesh)
+    tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("policy")
+    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, architecture, mesh)
     steps = num_steps(len(rows), config)
 
     with open_run(config, "dpo", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
@@ -46,8 +46,7 @@ def run(config: DPORun, runtime: Runtime) -> None:
         manifest = Manifest(
             stage="dpo",
             step=steps,
-            roles=("policy",),
-            model=parent.manifest.model,
+            models={"policy": architecture},
             tokenizer=parent.manifest.tokenizer,
             parents={"reference": parent.id},
         )

@@ -33,8 +33,8 @@ def run(config: RewardRun, runtime: Runtime) -> None:
         frozen=False,
         seed=config.seed,
     )
-    tokenizer = tokenizer_of(parent)
-    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, parent.manifest.model, mesh)
+    tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("value")
+    rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer, architecture, mesh)
     steps = num_steps(len(rows), config)
 
     with open_run(config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
@@ -45,8 +45,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
         manifest = Manifest(
             stage="reward",
             step=steps,
-            roles=("value",),
-            model=parent.manifest.model,
+            models={"value": architecture},
             tokenizer=parent.manifest.tokenizer,
             parents={"start": parent.id},
             score_mean=mean,

@@ -9,6 +9,7 @@ from rto_megatron.distributed.checkpoint import Checkpoint, load_weights, open_c
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.errors import CheckpointError
 from rto_megatron.models.gpt import Kind, build_model
+from rto_megatron.models.weights import initialize
 
 
 def load_role(
@@ -29,19 +30,21 @@ def load_role(
     gradients.
     """
     checkpoint = open_checkpoint(path)
-    stored = checkpoint.manifest.roles
+    role = checkpoint.manifest.role_for(kind)
+    architecture = checkpoint.manifest.models[role]
     model = build_model(
-        checkpoint.manifest.model,
+        architecture,
         mesh,
         kind=kind,
         parallel=parallel,
         compute=compute,
         temperature=temperature,
-        banned_ids=never_sampled(tokenizer_of(checkpoint), checkpoint.manifest.model.vocab_size),
-        seed=seed,
+        banned_ids=never_sampled(tokenizer_of(checkpoint), architecture.vocab_size),
+        seed=None,
     )
-    wanted = ("policy",) if kind == "policy" else ("value", "critic")
-    load_weights(model, checkpoint, next((role for role in wanted if role in stored), stored[0]))
+    if kind == "value":
+        initialize(model, architecture, seed=seed, only="value_head")
+    load_weights(model, checkpoint, role)
     if frozen:
         model.eval().requires_grad_(False)
     return model, checkpoint
@@ -62,7 +65,8 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer = load_tokenizer(checkpoint.tokenizer_folder)
     if tokenizer.digest() != checkpoint.manifest.tokenizer:
         raise CheckpointError(f"{checkpoint.tokenizer_folder}: is not the tokenizer that the checkpoint was saved with")
-    check_vocabulary(tokenizer, checkpoint.manifest.model.vocab_size)
+    for architecture in checkpoint.manifest.models.values():
+        check_vocabulary(tokenizer, architecture.vocab_size)
     return tokenizer
 
 

@@ -172,12 +172,13 @@ def _models(actors: Actors) -> dict:
 
 
 def _manifest(config: RTORun, actors: Actors) -> Manifest:
-    first = actors.parents["policy"].manifest
+    models = {"policy": actors.parents["policy"].manifest.architecture_for("policy")}
+    if actors.critic:
+        models["critic"] = actors.parents["critic"].manifest.architecture_for("value")
     return Manifest(
         stage=stage_name(config),
         step=config.num_steps,
-        roles=tuple(_models(actors)),
-        model=first.model,
-        tokenizer=first.tokenizer,
+        models=models,
+        tokenizer=actors.parents["policy"].manifest.tokenizer,
         parents={role: parent.id for role, parent in actors.parents.items()},
     )

@@ -29,7 +29,7 @@ def run(config: SFTRun, runtime: Runtime) -> None:
     """Train a policy from scratch, or from another run, on (prompt, response) rows."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     model, tokenizer, parent = _start(config, mesh)
-    architecture = parent.manifest.model if parent else _architecture(config, tokenizer)
+    architecture = parent.manifest.architecture_for("policy") if parent else _architecture(config, tokenizer)
     rows, held_out, about_rows = read_rows(read_sft, config, tokenizer, architecture, mesh)
     steps = num_steps(len(rows), config)
 
@@ -40,8 +40,7 @@ def run(config: SFTRun, runtime: Runtime) -> None:
         manifest = Manifest(
             stage="sft",
             step=steps,
-            roles=("policy",),
-            model=architecture,
+            models={"policy": architecture},
             tokenizer=tokenizer.digest(),
             parents={"start": parent.id} if parent else {},
         )

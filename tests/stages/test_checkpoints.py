@@ -83,6 +83,23 @@ def test_a_missing_file_is_found_and_named(chain, tmp_path):
         (lambda run, folder: (folder.parent / "latest.txt").unlink(), "holds no finished checkpoint"),
         (lambda run, folder: (folder / "checkpoint.json").write_text("{"), "checkpoint.json: cannot be read"),
         (lambda run, folder: (folder / "integrity.json").unlink(), "is not complete, integrity.json is missing"),
+        (lambda run, folder: (folder / "checkpoint.json").write_text("[]"), "checkpoint.json: format must be 1"),
+        (
+            lambda run, folder: (folder / "checkpoint.json").write_text('{"format": 1}'),
+            "checkpoint.json: changed since it was saved; the checkpoint is damaged, restore it or train again",
+        ),
+        (
+            lambda run, folder: (folder / "integrity.json").write_text('{"files": 3}'),
+            "integrity.json: cannot be read; the checkpoint is damaged, restore it or train again",
+        ),
+        (
+            lambda run, folder: (folder.parent / "latest.txt").write_bytes(b"\xff"),
+            "sft: must be a run folder, but .*latest.txt cannot be read",
+        ),
+        (
+            lambda run, folder: (shutil.rmtree(run), run.write_text("a file")),
+            "sft: must be a run folder, but .*latest.txt cannot be read .*Not a directory",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_there_or_not_whole_is_refused(break_it, message, chain, tmp_path):
@@ -130,7 +147,9 @@ def fail_to_save(chain, run):
     model, checkpoint = load_role(run, "policy", mesh, parallel=ParallelConfig(), compute=ComputeConfig(), frozen=True)
 
     def full_disk(folder):
-        raise OSError(28, "No space left on device")
+        raise RuntimeError(
+            "ranks: {0}\nTraceback (most recent call last):\n  File\nOSError: No space left on device\n)"
+        )
 
     try:
         save_checkpoint(run, checkpoint.manifest, {"policy": model}, full_disk)
@@ -143,7 +162,8 @@ def test_a_failed_save_says_so_on_every_rank_and_loses_nothing(chain, tmp_path):
     before = json.loads((folder / "integrity.json").read_text())
     for message in run_ranks(fail_to_save, 2, chain, run):
         assert "could not be written, the one before is untouched" in message
-        assert "No space left on device" in message
+        assert "(rank 0: RuntimeError: OSError: No space left on device; " in message
+        assert "MiB are free there" in message and "\n" not in message
     assert json.loads((folder / "integrity.json").read_text()) == before
     assert sorted(p.name for p in folder.parent.iterdir()) == ["latest.txt", folder.name]
     run_ranks(load, 1, run, "policy", {})

@@ -22,8 +22,9 @@ def critic_of_a_run(chain, folder):
     common = {"parallel": ParallelConfig(), "compute": ComputeConfig(), "frozen": True}
     policy, checkpoint = load_role(chain / "sft", "policy", mesh, **common)
     critic, _ = load_role(chain / "reward", "value", mesh, **common)
-    of_parent = {"model": checkpoint.manifest.model, "tokenizer": checkpoint.manifest.tokenizer}
-    manifest = Manifest(stage="rto", step=1, roles=("policy", "critic"), **of_parent)
+    architecture = checkpoint.manifest.architecture_for("policy")
+    models = {"policy": architecture, "critic": architecture}
+    manifest = Manifest(stage="rto", step=1, models=models, tokenizer=checkpoint.manifest.tokenizer)
     save_checkpoint(folder, manifest, {"policy": policy, "critic": critic}, tokenizer_of(checkpoint).save)
     loaded, _ = load_role(folder, "value", mesh, **common)
     return [{name: w.detach() for name, w in model.named_parameters()} for model in (loaded, critic, policy)]

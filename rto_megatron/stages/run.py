@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.load import dump_run
-from rto_megatron.distributed.collectives import barrier
+from rto_megatron.distributed.collectives import broadcast_object
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import is_main, world_size
-from rto_megatron.errors import ConfigError
+from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console, TensorBoardLog
 
 
@@ -64,20 +64,32 @@ def open_run(config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, obj
         sizes: rows of the start table: name and value.
     """
     folder, console = config.run_dir, Console(is_main())
-    if is_main():
-        with writing("run_dir", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "run.yaml").write_text(dump_run(config))
-    barrier()
+    log = _open_log(folder, dump_run(config))
     layout = f"tensor {mesh.tensor.size} x pipeline {mesh.pipeline.size} x data {mesh.data.size}"
     layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
     where = f"{world_size()} x {mesh.runtime.device.type}, {config.compute.dtype}, {layers} layers"
     console.table(f"{stage}: {folder}", ("size", "value"), [("ranks", where), ("layout", layout), *sizes])
-    log = TensorBoardLog(folder / "tensorboard", enabled=is_main())
     try:
         yield Run(folder, log, console)
     finally:
         log.close()
+
+
+def _open_log(folder: Path, config_text: str) -> TensorBoardLog:
+    """Make the folder; where the main rank cannot, all ranks stop with its reason."""
+    log, problem = TensorBoardLog(folder / "tensorboard", enabled=False), None
+    if is_main():
+        try:
+            with writing("run_dir", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "run.yaml").write_text(config_text)
+            log = TensorBoardLog(folder / "tensorboard", enabled=True)
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_object(problem)
+    if problem:
+        raise ConfigError(problem)
+    return log
 
 
 def check_divides(name: str, value: int, mesh: Mesh) -> None:

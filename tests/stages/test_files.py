@@ -38,6 +38,22 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_half_written(tmp_path, monk
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x.jsonl", "old")]
 
 
+def message_of_a_run_dir(chain, run_dir):
+    with pytest.raises(ConfigError) as error:
+        run_stage("sft", chain, [f"--run_dir={run_dir}", "--train.max_steps=1"])
+    return str(error.value)
+
+
+def test_a_run_folder_that_cannot_be_made_stops_every_rank_with_one_message(chain, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").write_text("")
+    first, second = run_ranks(message_of_a_run_dir, 2, chain, tmp_path / "file")
+    assert first == second == f"run_dir {tmp_path}/file: cannot be written (File exists)"
+    [message] = run_ranks(message_of_a_run_dir, 1, chain, tmp_path / "run")
+    assert message.startswith(f"{tmp_path}/run/tensorboard: the metrics cannot be written (File exists)")
+
+
 def test_evaluate_looks_for_all_runs_before_the_first_one_answers(chain, tmp_path):
     words = [f"--run_dir={tmp_path}", "--checkpoints", f"{chain}/sft", f"{chain}/absent"]
     with pytest.raises(RanksFailed, match="absent: there is no such run folder") as failed:

@@ -34,6 +34,13 @@ class TrainConfig:
             raise ValueError(f"train.eval_every must be 0 or more, got {self.eval_every}; 0 evaluates at the end only")
 
 
+def _check_apart(run_dir: Path, **inputs: Path | None) -> None:
+    """Raise ValueError if a run would be written over one that it reads: the fields of `inputs`."""
+    for name, path in inputs.items():
+        if path is not None and path.absolute() == run_dir.absolute():
+            raise ValueError(f"run_dir must not be the run that {name} names, got {run_dir} for both")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTRun:
     """Supervised fine-tuning: the likelihood of the response tokens."""
@@ -53,6 +60,7 @@ class SFTRun:
     """Of weights and data order."""
 
     def __post_init__(self) -> None:
+        _check_apart(self.run_dir, start=self.start)
         if self.start is not None:
             for name, default in (("model", ModelConfig()), ("tokenizer", TokenizerConfig())):
                 if getattr(self, name) != default:
@@ -78,6 +86,9 @@ class DPORun:
     seed: int = 0
     """Of data order."""
 
+    def __post_init__(self) -> None:
+        _check_apart(self.run_dir, start=self.start)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RewardRun:
@@ -95,6 +106,9 @@ class RewardRun:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     seed: int = 0
     """Of the fresh head and the data order."""
+
+    def __post_init__(self) -> None:
+        _check_apart(self.run_dir, start=self.start)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +154,8 @@ class RTORun:
     """Of prompts, samples, minibatches and a fresh critic head."""
 
     def __post_init__(self) -> None:
+        inputs = ("policy", "reference", "dpo", "reward_model", "critic")
+        _check_apart(self.run_dir, **{name: getattr(self, name) for name in inputs})
         for name in ("num_steps", "prompts_per_step", "samples_per_prompt", "samples_per_optimizer_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")

@@ -232,6 +232,16 @@ def test_a_rule_about_a_field_that_nobody_set_points_at_the_file(tmp_path):
         load_run("rto", path, words)
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"), [("sft", "start"), ("dpo", "start"), ("reward", "start"), ("rto", "critic")]
+)
+def test_a_run_that_would_be_written_over_what_it_reads_is_an_error(stage, name):
+    with pytest.raises(
+        ConfigError, match=f"command line: run_dir must not be the run that {name} names, got r for both"
+    ):
+        load_run(stage, None, [*REQUIRED[stage], f"--{name}={Path.cwd()}/r"])
+
+
 def test_a_run_that_is_compared_with_itself_is_an_error():
     with pytest.raises(ConfigError, match=r"line: checkpoints must name each run once, got a, a/b, a$"):
         load_run("evaluate", None, [*REQUIRED["evaluate"], "--checkpoints", "a", "a/b", "a/"])

@@ -31,7 +31,7 @@ from rto_megatron.distributed.collectives import broadcast_object, gather_object
 from rto_megatron.distributed.runtime import is_main, rank, world_size
 from rto_megatron.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 TRACKER = "latest.txt"
 
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.replica import share_from_last_stage
 
 
 def sum_in_rank_order(x: Tensor, mesh: Mesh) -> Tensor:
@@ -41,11 +42,8 @@ def from_last_stage(x: Tensor | None, mesh: Mesh, *, shape: Sequence[int], dtype
     if mesh.is_last_stage:
         assert x is not None, "the last stage must bring its tensor"
         assert (tuple(x.shape), x.dtype) == (tuple(shape), dtype), f"got {x.shape} {x.dtype}, agreed {shape} {dtype}"
-        received = _own_copy(x)
-    else:
-        received = torch.empty(tuple(shape), dtype=dtype, device=mesh.device)
-    dist.broadcast(received, group=mesh.pipeline.group, group_src=mesh.pipeline.size - 1)
-    return received
+    own = _own_copy(x) if mesh.is_last_stage and x is not None else None
+    return share_from_last_stage(own, mesh.pipeline.group, shape=tuple(shape), dtype=dtype, device=mesh.device)
 
 
 def gather_objects(obj: Any) -> list[Any]:

@@ -26,10 +26,18 @@ def load_role(
     """A model with the weights of a run, and the checkpoint it came from.
 
     A value model takes the run's reward model or critic; where there is none, its policy under a fresh head
-    (from `seed`). A policy starts from any run that has an output layer or tied embeddings. A frozen role has no
-    gradients.
+    (from `seed`). A frozen role has no gradients.
+
+    Raises:
+        CheckpointError: as `open_checkpoint` and `load_weights`; or a policy is wanted of a run that has none.
     """
     checkpoint = open_checkpoint(path)
+    # With tied embeddings a reward model has all the weights of a policy, but it has unlearned to write.
+    if kind == "policy" and "policy" not in checkpoint.manifest.models:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a policy must start from a run of sft, dpo, rto, ppo or convert, got one of "
+            f"{checkpoint.manifest.stage}, which holds none"
+        )
     role = checkpoint.manifest.role_for(kind)
     architecture = checkpoint.manifest.models[role]
     model = build_model(

@@ -44,6 +44,15 @@ def run_stage(stage: str, folder: Path, words: list[str]) -> None:
     module.run(load_run(stage, None, words_of(stage, folder) + words), runtime)
 
 
+def sft_from(start: str, folder: Path, words: list[str]) -> None:
+    """The stage sft in this process, from another run: that brings model and tokenizer."""
+    from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.stages.sft import run
+
+    own = [word for word in words_of("sft", folder) if not word.startswith(("--model.", "--tokenizer."))]
+    run(load_run("sft", None, [*own, f"--start={start}", *words]), start_runtime(threads=1))
+
+
 def words_of(stage: str, folder: Path) -> list[str]:
     """The command-line words of each stage on the inputs of `write_inputs`."""
     train = ["--train.batch_size=8", "--data.max_length=64", "--compute.micro_batch_size=2"]

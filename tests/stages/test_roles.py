@@ -4,10 +4,12 @@ import json
 import math
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from rto_megatron.errors import CheckpointError
 from tests.ranks import run_ranks
-from tests.stages.chain import run_stage
+from tests.stages.chain import run_stage, sft_from
 
 
 def critic_of_a_run(chain, folder):
@@ -35,6 +37,29 @@ def test_a_critic_goes_on_from_the_critic_of_an_earlier_run(chain, tmp_path):
     assert loaded.keys() == critic.keys()
     assert all(torch.equal(loaded[name], critic[name]) for name in critic)
     assert any(not torch.equal(loaded[name], policy[name]) for name in critic.keys() & policy.keys())
+
+
+def refusals_of_a_reward_run(chain, folder):
+    """What each stage says that is given a reward run where its policy, or its start, should be."""
+    reward, run_dir, messages = f"{chain}/reward", f"--run_dir={folder}/run", []
+    for start in (
+        lambda: sft_from(reward, chain, [run_dir]),
+        lambda: run_stage("dpo", chain, [run_dir, f"--start={reward}"]),
+        lambda: run_stage("rto", chain, [run_dir, f"--policy={reward}"]),
+        lambda: run_stage("generate", chain, [f"--checkpoint={reward}", f"--out={folder}/run"]),
+    ):
+        with pytest.raises(CheckpointError) as refused:
+            start()
+        messages.append(str(refused.value))
+    return messages
+
+
+def test_a_reward_run_is_no_policy_even_where_embeddings_are_tied(chain, tmp_path):
+    [messages] = run_ranks(refusals_of_a_reward_run, 1, chain, tmp_path)
+    rule = "a policy must start from a run of sft, dpo, rto, ppo or convert, got one of reward, which holds none"
+    for message in messages:
+        assert message.startswith(f"{chain}/reward/") and message.endswith(f": {rule}")
+    assert not (tmp_path / "run").exists()
 
 
 def never_sampled(vocab_size):

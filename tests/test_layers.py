@@ -31,7 +31,7 @@ BESIDE = {"metric_names": "metrics"}
 
 MEGATRON_LAYERS = {"distributed", "models", "rollout"}
 DEVICE_WORDS = {"cuda", "nccl", "gloo", "transformer_engine"}
-DEVICE_MODULES = {"distributed.runtime", "distributed.cpu"}
+DEVICE_MODULES = {"distributed.runtime", "distributed.cpu", "distributed.cpu_patches", "distributed.cpu_stand_ins"}
 SAYS_NOTHING = {"utils", "util", "common", "manager", "helper", "helpers", "handler", "base", "misc"}
 
 

@@ -96,7 +96,7 @@ def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> R
         runtime = Runtime(_take_gpu(), "nccl", check_transformer_engine())
     else:
         cpu.install()
-        runtime = Runtime(cpu.CPU, "gloo", False)
+        runtime = Runtime(torch.device("cpu"), "gloo", False)
     _join(runtime.backend, timeout)
     _running = runtime
     return runtime

@@ -2,6 +2,11 @@
 
 import importlib.metadata
 import importlib.util
+import multiprocessing
+import os
+import select
+import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -11,6 +16,8 @@ import pytest
 import torch
 
 from rto_megatron.distributed import cpu
+from rto_megatron.distributed.cpu_patches import PATCHES
+from rto_megatron.distributed.cpu_stand_ins import CPU, forked_results_queue
 from tests.distributed.tiny import tiny_trainer
 from tests.ranks import run_ranks
 
@@ -20,7 +27,7 @@ MEGATRON = Path(importlib.util.find_spec("megatron.core").origin).parent
 PINNED = "0.16.1"
 """The version whose lines the table names."""
 
-each_patch = pytest.mark.parametrize("patch", cpu.PATCHES, ids=lambda patch: patch.name)
+each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 
 
 @each_patch
@@ -37,7 +44,7 @@ def test_megatron_still_has_what_the_patch_is_for(patch):
 
 
 def device_of_a_new_tensor():
-    assert torch.empty(1, device=torch.cuda.current_device()).device == cpu.CPU
+    assert torch.empty(1, device=torch.cuda.current_device()).device == CPU
 
 
 def timer():
@@ -85,7 +92,7 @@ def state_is_put_back():
 
 def tensor_to_the_device():
     weight = torch.ones(2)
-    assert weight.data.cuda().device == cpu.CPU
+    assert weight.data.cuda().device == CPU
 
 
 def gradient_is_clipped():
@@ -102,7 +109,7 @@ def makes(module: str, factory: str, *args: object) -> Callable[[], None]:
 
     def job():
         made = getattr(importlib.import_module(f"megatron.core.{module}").torch, factory)(*args, device="cuda")
-        assert made.device == cpu.CPU
+        assert made.device == CPU
 
     return job
 
@@ -216,7 +223,7 @@ def try_every_job_with_and_without_its_patch():
 
     build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)
     outcomes = {}
-    for patch in cpu.PATCHES:
+    for patch in PATCHES:
         with_patch = outcome(JOBS[patch.name])
         owner, patched = patch.owner(), getattr(patch.owner(), patch.attribute)
         setattr(owner, patch.attribute, cpu._originals[patch.name])
@@ -262,7 +269,6 @@ def test_other_code_in_the_process_keeps_torch_as_it_knows_it():
 
 
 def compiled_functions_left():
-    import sys
     from types import FunctionType
 
     cpu.install()
@@ -294,3 +300,31 @@ def test_gloo_still_needs_the_guard():
     right = 2 * torch.arange(6.0).reshape(2, 3).T[1:] + 10
     wrong = run_ranks(sum_without_the_guard, 2)[0]
     assert not torch.equal(wrong, right), "gloo has learned strides: the contiguity guard may go"
+
+
+# --- what the adapter leaves behind ---------------------------------------------------------------------------------
+
+
+def make_the_queue_and_wait(ready):
+    forked_results_queue()
+    os.write(ready, b"x")
+    while True:
+        signal.pause()
+
+
+def holders_after_a_kill():
+    """Kill a process that has made the queue; what then comes out of a pipe that all its children hold open."""
+    reader, writer = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=make_the_queue_and_wait, args=(writer,))
+    process.start()
+    os.close(writer)
+    assert os.read(reader, 1) == b"x"
+    process.kill()
+    process.join()
+    ended, _, _ = select.select([reader], [], [], 20)
+    return os.read(reader, 1) if ended else "still held"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_rank_that_is_killed_leaves_no_process_behind():
+    assert run_ranks(holders_after_a_kill, 1) == [b""]

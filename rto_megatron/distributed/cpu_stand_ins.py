@@ -1,0 +1,138 @@
+"""What stands in for CUDA where there is none: streams, seeds, devices, type names, and a queue between processes.
+
+Where a name is torch's and everybody's, its stand-in is either for a call that could only raise here, or answers
+Megatron alone: other code in the process keeps torch as it knows it.
+"""
+
+import ctypes
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from multiprocessing.managers import SyncManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CPU = torch.device("cpu")
+
+# --- torch.cuda: calls that could only raise here ------------------------------------------------------------------
+
+
+class NoStream:
+    """Stands for a CUDA stream or event: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def wait(self, stream: Any = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record(self, stream: Any = None) -> None: ...
+
+    def record_event(self, event: Any = None) -> "NoStream":
+        return self
+
+    def query(self) -> bool:
+        return True
+
+
+NO_STREAM = NoStream()
+
+
+def seed_cpu(seed: int) -> None:
+    # Not torch.manual_seed: that one calls torch.cuda.manual_seed.
+    torch.default_generator.manual_seed(int(seed))
+
+
+# --- 'cuda' written as a device ------------------------------------------------------------------------------------
+
+
+class TorchForMegatron(ModuleType):
+    """The torch module as some Megatron files see it: its factories make CPU tensors where 'cuda' is asked for.
+
+    Put into those files' globals, so that `torch.zeros` of everybody else stays torch's own.
+    """
+
+    def __init__(self, factories: Iterable[str]) -> None:
+        super().__init__("torch", "torch, with 'cuda' read as 'cpu'")
+        for name in factories:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(factory)
+    def make(*args: Any, **kwargs: Any) -> Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = CPU
+        return factory(*args, **kwargs)
+
+    return make
+
+
+TORCH_FOR_MEGATRON = TorchForMegatron(("empty", "empty_like", "ones", "tensor", "zeros"))
+
+
+def type_for_megatron(torch_type: Callable[..., Any]) -> Callable[..., Any]:
+    """Tensor.type that gives the CUDA name of a CPU type to Megatron's optimizer, and to nobody else."""
+
+    @functools.wraps(torch_type)
+    def type_(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = torch_type(self, *args, **kwargs)
+        asked_for_name = not args and not kwargs
+        if asked_for_name and sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    return type_
+
+
+# --- gloo ----------------------------------------------------------------------------------------------------------
+
+
+def contiguous_only(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse what gloo (torch 2.13) computes wrongly without an error: it reads raw memory, whatever the strides."""
+
+    @functools.wraps(collective)
+    def guarded(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        scattered = kwargs.get("scatter_list") or next((arg for arg in args if isinstance(arg, list)), [])
+        for each in (tensor, *scattered):
+            if not each.is_contiguous():
+                raise RuntimeError(
+                    f"torch.distributed.{collective.__name__} got a non-contiguous tensor, shape {tuple(each.shape)} "
+                    f"and strides {each.stride()}; gloo would give wrong numbers: pass tensor.contiguous()"
+                )
+        return collective(tensor, *args, **kwargs)
+
+    return guarded
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def forked_results_queue() -> Any:
+    """The queue by which a checkpoint's writers report. Megatron spawns its process because CUDA forbids forking."""
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(_die_with, (os.getpid(),))
+    return manager.Queue()
+
+
+def _die_with(parent: int) -> None:
+    """Have Linux end this process with the rank that forked it, which may be killed before it can say goodbye."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.getppid() != parent:  # it was killed before the line above
+            os._exit(1)

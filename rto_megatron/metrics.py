@@ -65,8 +65,18 @@ class Max:
         return Max(max(self.value, other.value))
 
 
+@dataclass(frozen=True)
+class Latest:
+    """A number of which only the newest counts, such as a learning rate."""
+
+    value: float
+
+    def __add__(self, other: "Latest") -> "Latest":
+        return other
+
+
 class Mergeable(Protocol):
-    """What a Mean and a Max have in common."""
+    """What a Mean, a Max and a Latest have in common."""
 
     @property
     def value(self) -> float: ...

@@ -15,6 +15,7 @@ from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.errors import DataError
+from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.experience import Credit, make_experience, sentence_end_ids
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
@@ -53,7 +54,13 @@ class Step:
     signals: Signals
     experience: Experience
     credit: Credit
-    losses: dict[str, float]
+    updates: list[dict[str, Mergeable]]
+    """What each minibatch reports, in their order."""
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """What all minibatches report together."""
+        return take(merge(self.updates))
 
 
 def run(config: RTORun, runtime: Runtime) -> None:
@@ -108,19 +115,30 @@ def prepare(config: RTORun, runtime: Runtime) -> tuple[Setup, Dropped]:
 
 def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock: Clock) -> Step:
     """One round of the algorithm: prompts, rollout, signals, experience, update."""
-    actors, mesh, tokenizer = setup.actors, setup.mesh, setup.actors.tokenizer
+    with clock.phase("generate"):
+        mine = roll_out(setup, config, step=step)
+    return learn(setup, config, mine, step=step, kl_coef=kl_coef, clock=clock)
+
+
+def roll_out(setup: Setup, config: RTORun, *, step: int) -> Rollout:
+    """The step's prompts answered by the policy: this replica's rows."""
+    mesh, tokenizer = setup.mesh, setup.actors.tokenizer
     picked = batch_rows(len(setup.prompts), config.prompts_per_step, seed=config.seed, step=step)
     prompts = prompt_batch([setup.prompts[i] for i in picked], samples_per_prompt=config.samples_per_prompt)
-    with clock.phase("generate"):
-        mine = generate(
-            actors.policy.model,
-            prompts.rows(shard(len(prompts), rank=mesh.data.rank, world=mesh.data.size)),
-            config.rollout,
-            eos_id=tokenizer.eos_id,
-            pad_id=tokenizer.pad_id,
-            seed=config.seed,
-            step=step,
-        )
+    return generate(
+        setup.actors.policy.model,
+        prompts.rows(shard(len(prompts), rank=mesh.data.rank, world=mesh.data.size)),
+        config.rollout,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        seed=config.seed,
+        step=step,
+    )
+
+
+def learn(setup: Setup, config: RTORun, mine: Rollout, *, step: int, kl_coef: float, clock: Clock) -> Step:
+    """The rest of the round: signals, experience and update, from this replica's rows of the rollout."""
+    actors, mesh = setup.actors, setup.mesh
     with clock.phase("score"):
         critic = actors.critic.model if actors.critic else None
         said = score_rollout(
@@ -132,8 +150,8 @@ def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock:
             rollout, signals, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends
         )
     with clock.phase("update"):
-        losses = update(actors, experience, config, mesh, step=step)
-    return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, losses=losses)
+        updates = update(actors, experience, config, mesh, step=step)
+    return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, updates=updates)
 
 
 def check_enough(prompts: list[PromptRow], config: RTORun) -> None:

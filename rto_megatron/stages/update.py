@@ -17,7 +17,7 @@ from rto_megatron.config.run import RTORun
 from rto_megatron.data.sampler import random_order, shard
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.step import Loss, StepResult, head_outputs, token_log_probs, train_step
-from rto_megatron.metrics import Mean, merge, take
+from rto_megatron.metrics import Latest, Mean, Mergeable
 from rto_megatron.stages.actors import Actors
 
 
@@ -46,9 +46,15 @@ def minibatch_rows(num_rows: int, config: RTORun, *, step: int) -> list[list[int
     return minibatches
 
 
-def update(actors: Actors, experience: Experience, config: RTORun, mesh: Mesh, *, step: int) -> dict[str, float]:
-    """One pass or more over the experience: an optimizer step of policy and critic a minibatch."""
-    plan, reports, rates = plan_updates(config), [], {}
+def update(
+    actors: Actors, experience: Experience, config: RTORun, mesh: Mesh, *, step: int
+) -> list[dict[str, Mergeable]]:
+    """One pass or more over the experience: an optimizer step of policy and critic a minibatch.
+
+    Returns:
+        What each minibatch reports, in their order; names as in docs/metrics.md.
+    """
+    plan, reports = plan_updates(config), []
     for number, rows in enumerate(minibatch_rows(len(experience), config, step=step)):
         whole = experience.rows(rows)
         mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
@@ -58,15 +64,14 @@ def update(actors: Actors, experience: Experience, config: RTORun, mesh: Mesh, *
         lr = learning_rate(config.optimizer, done, plan)
         loss = make_policy_loss(config.ppo, count)
         result = train_step(actors.policy, mine, token_log_probs, loss, lr=lr, num_sums=6, **common)
-        reports.append(_policy_report(result))
-        rates["optimizer/policy_learning_rate"] = lr
+        report = _policy_report(result, lr)
         if actors.critic:
             lr = learning_rate(config.critic_optimizer, done, plan)
             loss = make_value_loss(config.ppo, count)
             result = train_step(actors.critic, mine, head_outputs, loss, lr=lr, num_sums=3, **common)
-            reports.append(_critic_report(result))
-            rates["optimizer/critic_learning_rate"] = lr
-    return take(merge(reports)) | rates
+            report |= _critic_report(result, lr)
+        reports.append(report)
+    return reports
 
 
 def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:
@@ -120,7 +125,7 @@ def make_value_loss(config: PPOConfig, count: int) -> Loss:
     return loss
 
 
-def _policy_report(result: StepResult) -> dict[str, Mean]:
+def _policy_report(result: StepResult, lr: float) -> dict[str, Mergeable]:
     loss, num_tokens, num_clipped, ratio, kl, entropy = result.sums.tolist()
     return {
         "ppo/loss": Mean(loss, 1),
@@ -129,13 +134,15 @@ def _policy_report(result: StepResult) -> dict[str, Mean]:
         "ppo/approx_kl": Mean(kl, num_tokens),
         "ppo/entropy": Mean(entropy, num_tokens),
         "optimizer/policy_grad_norm": Mean(result.grad_norm, 1),
+        "optimizer/policy_learning_rate": Latest(lr),
     }
 
 
-def _critic_report(result: StepResult) -> dict[str, Mean]:
+def _critic_report(result: StepResult, lr: float) -> dict[str, Mergeable]:
     loss, num_tokens, num_clipped = result.sums.tolist()
     return {
         "critic/loss": Mean(loss, 1),
         "critic/clip_frac": Mean(num_clipped, num_tokens),
         "optimizer/critic_grad_norm": Mean(result.grad_norm, 1),
+        "optimizer/critic_learning_rate": Latest(lr),
     }

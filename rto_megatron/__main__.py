@@ -50,18 +50,13 @@ def _run(stage: str, words: list[str]) -> None:
     if stage not in STAGES:
         raise ConfigError(f"the stage must be one of {', '.join(STAGES)}, got {stage!r}")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
-    config = load_run(stage, path, _as_ppo(words) if stage == "ppo" else words)
+    config = load_run(stage, path, words)
     prepare_imports()
     # after prepare_imports, because importing a stage imports Megatron
     module = importlib.import_module(f"rto_megatron.stages.{'rto' if stage == 'ppo' else stage}")
     runtime = start_runtime(threads=config.compute.threads)
     module.run(config, runtime)
     stop_runtime()
-
-
-def _as_ppo(words: list[str]) -> list[str]:
-    """PPO is RTO whose DPO coefficient is 0."""
-    return [*words, "--rto.dpo_coef=0"]
 
 
 if __name__ == "__main__":

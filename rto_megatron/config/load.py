@@ -17,7 +17,7 @@ import tyro
 import yaml
 from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo, UnsupportedTypeAnnotationError
 
-from rto_megatron.config.run import STAGES
+from rto_megatron.config.run import STAGES, stage_of
 from rto_megatron.config.words import COMMAND_LINE, EMPTY_SECTION, Word, words_of_command_line, words_of_yaml
 from rto_megatron.errors import ConfigError
 
@@ -29,20 +29,83 @@ def load_run(stage: str, yaml_path: Path | None, words: Sequence[str]) -> Any:
 
     Returns:
         The frozen dataclass `STAGES[stage]`. Relative paths in it are relative to the working directory.
+
+    Raises:
+        ConfigError: a setting is wrong or missing, or the file is another stage's.
     """
     if stage not in STAGES:
-        raise ConfigError(f"{COMMAND_LINE}: the stage must be one of {', '.join(STAGES)}, got {stage!r}")
+        raise ConfigError(f"{COMMAND_LINE}: {_one_of_the_stages(stage)}")
     if "-h" in words or "--help" in words:
         print_help(stage)
-    config_class = STAGES[stage]
-    from_file = words_of_yaml(yaml_path) if yaml_path else []
-    settings = _Settings(config_class, from_file + words_of_command_line(words), yaml_path)
-    return settings.build(config_class, prefix="")
+    named, rest = _split_stage(_words(yaml_path, words))
+    if named and STAGES[named.texts[0]] is not STAGES[stage]:
+        raise ConfigError(
+            f"{named.origin}: stage is {named.texts[0]}, but the command line runs {stage}; "
+            f"name a config of the stage {stage}, or run `python -m rto_megatron {named.texts[0]}`"
+        )
+    return _build(stage, rest, yaml_path)
+
+
+def load_any(yaml_path: Path | None, words: Sequence[str]) -> tuple[str, Any]:
+    """The stage that a YAML file is for, and its config; for commands that take the file of any stage.
+
+    The stage is what the file or `--stage=` says; without either, the one stage whose settings the words can be.
+
+    Raises:
+        ConfigError: as `load_run`, or more than one stage would take the words, or none.
+    """
+    named, rest = _split_stage(_words(yaml_path, words))
+    stage = named.texts[0] if named else _infer_stage(rest, yaml_path)
+    return stage, _build(stage, rest, yaml_path)
 
 
 def dump_run(config: Any) -> str:
-    """Write a config as the YAML that `load_run` reads it back from."""
-    return yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    """Write a config as the YAML that `load_run` and `load_any` read it back from."""
+    return yaml.safe_dump({"stage": stage_of(config), **_plain(config)}, sort_keys=False, allow_unicode=True)
+
+
+def _words(yaml_path: Path | None, words: Sequence[str]) -> list[Word]:
+    return (words_of_yaml(yaml_path) if yaml_path else []) + words_of_command_line(words)
+
+
+def _split_stage(words: Sequence[Word]) -> tuple[Word | None, list[Word]]:
+    """The word that names the stage (the last one, if any), and the stage's own words."""
+    named = None
+    for word in words:
+        if word.key == "stage":
+            if word.is_list or word.texts[0] not in STAGES:
+                raise ConfigError(f"{word.origin}: {_one_of_the_stages(', '.join(word.texts))}")
+            named = word
+    return named, [word for word in words if word.key != "stage"]
+
+
+def _one_of_the_stages(got: str) -> str:
+    return f"the stage must be one of {', '.join(STAGES)}, got {got!r}"
+
+
+def _infer_stage(words: Sequence[Word], yaml_path: Path | None) -> str:
+    """The one stage that knows all these settings and needs no others."""
+    keys = {word.key for word in words}
+    fitting = [
+        stage
+        for stage, config_class in STAGES.items()
+        if stage != "ppo"  # it takes the settings of rto
+        and keys <= dict(_fields_below(config_class, prefix="")).keys()
+        and keys >= set(_required(config_class, prefix=""))
+    ]
+    if len(fitting) != 1:
+        found = f"may be those of {' or '.join(fitting)}" if fitting else "are those of no stage"
+        raise ConfigError(
+            f"{yaml_path or COMMAND_LINE}: the settings {found}; say which one is meant: "
+            "`stage: NAME` in the file, or --stage=NAME"
+        )
+    return fitting[0]
+
+
+def _build(stage: str, words: list[Word], yaml_path: Path | None) -> Any:
+    if stage == "ppo":  # RTO whose DPO coefficient is 0
+        words = [*words, Word("rto.dpo_coef", ("0",), is_list=False, origin=COMMAND_LINE)]
+    return _Settings(STAGES[stage], words, yaml_path).build(STAGES[stage], prefix="")
 
 
 def print_help(stage: str) -> None:
@@ -137,6 +200,15 @@ def _fields_below(config_class: type, prefix: str) -> Iterator[tuple[str, Any]]:
         section = _section(kind)
         if section:
             yield from _fields_below(section, prefix=f"{prefix}{name}.")
+
+
+def _required(config_class: type, prefix: str) -> Iterator[str]:
+    """The dotted keys that have no default."""
+    kinds = get_type_hints(config_class)
+    for field in fields(config_class):
+        if field.default is MISSING and field.default_factory is MISSING:
+            section = _section(kinds[field.name])
+            yield from _required(section, f"{prefix}{field.name}.") if section else [prefix + field.name]
 
 
 def _section(kind: Any) -> type | None:

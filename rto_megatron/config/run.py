@@ -276,3 +276,10 @@ STAGES = {
     "convert": ConvertRun,
 }
 """Stage name on the command line -> the config it takes."""
+
+
+def stage_of(config: object) -> str:
+    """The stage that a config is for; PPO is RTO whose DPO coefficient is 0."""
+    if isinstance(config, RTORun) and config.rto.dpo_coef == 0:
+        return "ppo"
+    return next(stage for stage, config_class in STAGES.items() if config_class is type(config))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.kl import adapt_kl_coef
 from rto_megatron.batch import Experience, Rollout, Signals
-from rto_megatron.config.run import RTORun
+from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.data.collate import prompt_batch
 from rto_megatron.data.readers import Dropped, PromptRow, read_prompts
 from rto_megatron.data.sampler import batch_rows, shard
@@ -68,7 +68,7 @@ def run(config: RTORun, runtime: Runtime) -> None:
     setup, dropped = prepare(config, runtime)
     actors, kl_coef = setup.actors, config.rto.kl_coef
     held_out = HeldOut.of_run(config, actors.tokenizer, setup.mesh)
-    name = stage_name(config)
+    name = stage_of(config)
     with open_run(config, name, setup.mesh, size_table(config, len(setup.prompts), setup.mesh)) as running:
         running.console.say(f"prompts: {dropped}")
         clock = Clock()
@@ -179,11 +179,6 @@ def size_table(config: RTORun, num_prompts: int, mesh: Mesh) -> list[tuple[str, 
     ]
 
 
-def stage_name(config: RTORun) -> str:
-    """PPO is RTO whose DPO coefficient is 0."""
-    return "rto" if config.rto.dpo_coef else "ppo"
-
-
 def _models(actors: Actors) -> dict:
     models = {"policy": actors.policy.model}
     return models | {"critic": actors.critic.model} if actors.critic else models
@@ -194,7 +189,7 @@ def _manifest(config: RTORun, actors: Actors) -> Manifest:
     if actors.critic:
         models["critic"] = actors.parents["critic"].manifest.architecture_for("value")
     return Manifest(
-        stage=stage_name(config),
+        stage=stage_of(config),
         step=config.num_steps,
         models=models,
         tokenizer=actors.parents["policy"].manifest.tokenizer,

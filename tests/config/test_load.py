@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.config.load import dump_run, load_run
+from rto_megatron.config.load import dump_run, load_any, load_run
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.run import STAGES
 from rto_megatron.errors import ConfigError
@@ -107,6 +107,68 @@ def test_a_dumped_optional_section_loads_as_itself(tmp_path):
 
 def test_ppo_takes_the_config_of_rto():
     assert STAGES["ppo"] is STAGES["rto"]
+
+
+def test_a_file_names_its_stage_and_rto_and_ppo_take_each_other_s(tmp_path):
+    assert sft(tmp_path, "stage: sft\n" + SFT) == sft(tmp_path)
+    path = tmp_path / "rto.yaml"
+    path.write_text("stage: rto\n")
+    assert load_run("ppo", path, REQUIRED["rto"]).rto.dpo_coef == 0
+    assert load_run("rto", path, REQUIRED["rto"]).rto.dpo_coef == 0.05
+    assert load_run("rto", path, [*REQUIRED["rto"], "--stage=ppo"]).rto.dpo_coef == 0.05
+
+
+def test_the_file_of_another_stage_is_refused_with_its_line(tmp_path):
+    message = (
+        r"RUN\.yaml:1: stage is dpo, but the command line runs sft; name a config of the stage sft, or run .* dpo`"
+    )
+    with pytest.raises(ConfigError, match=message):
+        sft(tmp_path, "stage: dpo\n" + SFT)
+
+
+@pytest.mark.parametrize("value", ["train", "[sft, dpo]", ""])
+def test_a_stage_that_there_is_not_is_refused(value, tmp_path):
+    with pytest.raises(ConfigError, match=r"RUN\.yaml:4: the stage must be one of sft, dpo, .*, got"):
+        sft(tmp_path, SFT + f"stage: {value}\n")
+
+
+@pytest.mark.parametrize("stage", [*REQUIRED, "ppo"])
+def test_a_dumped_config_says_which_stage_it_is_for(stage, tmp_path):
+    config = load_run(stage, None, REQUIRED["rto" if stage == "ppo" else stage])
+    path = tmp_path / "run.yaml"
+    path.write_text(dump_run(config))
+    assert path.read_text().startswith(f"stage: {stage}\n")
+    assert load_any(path, []) == (stage, config)
+
+
+@pytest.mark.parametrize("stage", ["rto", "evaluate", "convert"])
+def test_settings_that_only_one_stage_has_tell_the_stage(stage):
+    assert load_any(None, REQUIRED[stage]) == (stage, load_run(stage, None, REQUIRED[stage]))
+
+
+def test_settings_of_several_stages_need_the_name_of_one(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SFT + "start: runs/base\n")
+    with pytest.raises(
+        ConfigError, match=r"run\.yaml: the settings may be those of sft or dpo or reward; .*stage: NAME"
+    ):
+        load_any(path, [])
+    assert load_any(path, ["--stage=reward"])[0] == "reward"
+    assert load_any(path, ["--dpo.beta=0.2"])[0] == "dpo"
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").rglob("*.yaml")), ids=str)
+def test_every_example_loads_as_the_stage_that_it_is_named_after(path):
+    assert load_any(path, [])[0] == path.stem
+
+
+def test_a_wrong_name_is_told_once_the_stage_is_known(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(SFT + "optimiser: {lr: 1}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml: the settings are those of no stage; say which one is meant"):
+        load_any(path, [])
+    with pytest.raises(ConfigError, match=r"run\.yaml:4: optimiser\.lr is not a setting"):
+        load_any(path, ["--stage=sft"])
 
 
 BAD_FILES = {

@@ -13,6 +13,9 @@ COMMAND_LINE = "command line"
 EMPTY_SECTION = "{}"
 """The text of a YAML mapping without keys: a section that is there, with all its defaults."""
 
+_MERGE = "tag:yaml.org,2002:merge"
+"""What YAML 1.1 calls the key `<<`."""
+
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
 """What YAML reads as null, and tyro's and Python's own word for it."""
 
@@ -58,11 +61,13 @@ def words_of_yaml(path: Path) -> list[Word]:
         where = f"{path}:{mark.line + 1}" if mark else f"{path}"
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{where}: the config must be valid YAML, found: {' '.join(problem.split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: the config must be sections of settings, found hundreds of brackets") from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: the config must be a mapping of keys to values, found a {root.id}")
-    words = list(_flatten(root, path, prefix=""))
+    words = list(_flatten(root, path, prefix="", inside=()))
     first: dict[str, Word] = {}
     for word in words:
         if word.key in first:
@@ -72,14 +77,22 @@ def words_of_yaml(path: Path) -> list[Word]:
     return words
 
 
-def _flatten(mapping: yaml.MappingNode, path: Path, prefix: str) -> Iterator[Word]:
+def _flatten(
+    mapping: yaml.MappingNode, path: Path, prefix: str, inside: tuple[yaml.MappingNode, ...]
+) -> Iterator[Word]:
+    """The words of a mapping; `inside` are the mappings around it."""
+    inside = (*inside, mapping)
     for key_node, node in mapping.value:
         origin = f"{path}:{key_node.start_mark.line + 1}"
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(f"{origin}: a key must be a name, found a {key_node.id}")
         key = prefix + key_node.value
+        if key_node.tag == _MERGE:
+            raise ConfigError(f"{origin}: {key} must not merge another mapping into this one; write its settings out")
+        if node in inside:
+            raise ConfigError(f"{origin}: {key} must not be an alias of a section it is in; write its settings out")
         if isinstance(node, yaml.MappingNode) and node.value:
-            yield from _flatten(node, path, f"{key}.")
+            yield from _flatten(node, path, f"{key}.", inside)
         elif isinstance(node, yaml.MappingNode):
             yield Word(key, (EMPTY_SECTION,), is_list=False, origin=origin)
         elif isinstance(node, yaml.SequenceNode):

@@ -86,6 +86,15 @@ def test_null_takes_an_optional_section_back(tmp_path):
     assert sft(tmp_path, text, "--model.rope_scaling=null").model.rope_scaling is None
 
 
+def test_aliases_stand_for_what_they_name(tmp_path):
+    path = tmp_path / "rto.yaml"
+    path.write_text("seed: &n 3\nnum_steps: *n\noptimizer: &o {lr: 2e-3, beta1: 0.5}\ncritic_optimizer: *o\n")
+    config = load_run("rto", path, REQUIRED["rto"])
+    assert (config.seed, config.num_steps) == (3, 3)
+    assert config.optimizer == config.critic_optimizer
+    assert (config.critic_optimizer.lr, config.critic_optimizer.beta1) == (2e-3, 0.5)
+
+
 def test_home_is_expanded_and_other_paths_stay_relative(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = sft(tmp_path, SFT + "start: ~/runs/base\n")
@@ -209,6 +218,20 @@ BAD_FILES = {
         r"RUN\.yaml:4: train is a section, got '5'; set its fields: batch_size, num_epochs, max_steps, eval_every",
     ),
     "a list of lists": (SFT + "seed: [[1]]\n", r"RUN\.yaml:4: seed must be a list of plain values"),
+    "a mapping in itself": (
+        SFT + "optimizer: &o\n  lr: 1\n  eps: *o\n",
+        r"RUN\.yaml:6: optimizer\.eps must not be an alias of a section it is in; write its settings out",
+    ),
+    "a mapping in its own section": (
+        SFT + "model: &m {rope_scaling: {factor: *m}}\n",
+        r"RUN\.yaml:4: model\.rope_scaling\.factor must not be an alias of a section it is in",
+    ),
+    "a list in itself": (SFT + "seed: &s [*s]\n", r"RUN\.yaml:4: seed must be a list of plain values"),
+    "a merged mapping": (
+        SFT + "optimizer: &o {lr: 1e-3}\ntrain:\n  <<: *o\n",
+        r"RUN\.yaml:6: train\.<< must not merge another mapping into this one; write its settings out",
+    ),
+    "hundreds of brackets": ("a: " + "[" * 5000, r"RUN\.yaml: the config must be sections of settings, found hundreds"),
     "a key that is a list": ("? [a]\n: 1\n", r"RUN\.yaml:1: a key must be a name, found a sequence"),
     "a missing key": (
         "run_dir: r\n",

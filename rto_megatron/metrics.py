@@ -159,11 +159,38 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _keep_rows_before(path: Path, start: int) -> None:
-    """Rewrite a JSONL file without the rows of step `start` and later, and without a half-written last line."""
+    """Rewrite a JSONL file without the rows of step `start` and later, and without a half-written last line.
+
+    Raises:
+        UserError: another line is not a row of ours; the file stays as it is.
+    """
     if not path.exists():
         return
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(line for line in whole if json.loads(line)["step"] < start))
+    lines = path.read_bytes().split(b"\n")  # the last one is empty, or half-written
+    kept = []
+    for number, line in enumerate(lines, 1):
+        step = _step_of(line)
+        if step is None and line.strip() and number < len(lines):
+            raise UserError(
+                f"{path}:{number}: must be a row of metrics, a JSON object with a whole number as 'step', got "
+                f"{line[:60].decode(errors='replace')!r}; mend or remove the line, or set another run_dir"
+            )
+        if step is not None and step < start:
+            kept.append(line + b"\n")
+    # Beside and renamed: a run that is killed here must not lose what earlier ones have measured.
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(b"".join(kept))
+    draft.replace(path)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a row; None for what is no row."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int) else None
 
 
 class Console:

@@ -104,6 +104,43 @@ def test_a_resumed_log_drops_what_the_killed_run_wrote_after_its_checkpoint(tmp_
     assert rows_of(tmp_path) == [{"step": 0, "kl/k1": 0.0}, {"step": 1, "kl/k1": 10.0}]
 
 
+GOOD = '{"step": 0, "kl/k1": 0.5}\n'
+
+BAD_LINES = {
+    "no JSON": b"garbage",
+    "no object": b"[1]",
+    "a number": b"3",
+    "no step": b'{"kl/k1": 0.5}',
+    "a step that is text": b'{"step": "1"}',
+    "bytes": b"\xff\x00",
+    "hundreds of brackets": b"[" * 5000,
+}
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_line_that_is_no_row_is_named_and_nothing_is_lost(case, start, tmp_path):
+    content = GOOD.encode() + BAD_LINES[case] + b"\n" + GOOD.encode()
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl:2: must be a row of metrics, .* got '.*; mend or remove"
+    ) as got:
+        TensorBoardLog(tmp_path, enabled=True, start=start)
+    assert len(str(got.value)) < 400
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("metrics.jsonl", content)]
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_half_written_last_line_is_dropped_and_a_whole_one_kept(case, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(GOOD.encode() + BAD_LINES[case])
+    TensorBoardLog(tmp_path, enabled=True, start=1).close()
+    assert path.read_text() == GOOD
+    path.write_text("\n" + GOOD.strip())  # an editor may leave out the end of the last line
+    TensorBoardLog(tmp_path, enabled=True, start=1).close()
+    assert path.read_text() == GOOD
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_name_without_a_meaning_is_refused_on_every_rank(tmp_path, enabled):
     log = TensorBoardLog(tmp_path, enabled)

@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit what it is asked to be."""
+
+
+class StoppedToContinue(Exception):
+    """The cluster asked the run to stop; its state is saved, and the same command goes on with it."""

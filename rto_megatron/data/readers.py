@@ -1,7 +1,9 @@
 """Data sources to token ids: rows for SFT, preference pairs, and prompts for rollouts."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from rto_megatron.data.chat import Message
@@ -143,6 +145,17 @@ def _read(
             f"the shortest has {min(lengths)}; raise {limit_name}"
         )
     return kept, Dropped(source=source, num_read=len(lengths), num_too_long=len(lengths) - len(kept), max_tokens=limit)
+
+
+def digest(rows: Sequence[SFTRow | PreferenceRow | PromptRow]) -> str:
+    """sha256 of what was read, as token ids in order: another file, template, tokenizer or limit shows."""
+    total = hashlib.sha256()
+    for row in rows:
+        for field in fields(row):
+            ids = getattr(row, field.name)
+            if isinstance(ids, list):
+                total.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+    return total.hexdigest()
 
 
 def _render(tokenizer: Tokenizer, messages: list[Message], row: Row) -> list[int]:

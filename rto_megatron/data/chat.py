@@ -1,7 +1,9 @@
 """Messages to text: Jinja chat templates, rendered the same way for every kind of tokenizer."""
 
 import json
+import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, NoReturn
 
@@ -20,11 +22,8 @@ ROLES = ("system", "user", "assistant")
 CHAT_SYMBOLS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 """What the built-in template is written with: each must be one token of the tokenizer."""
 
-DEFAULT_TEMPLATE = (
-    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-"""For sentencepiece tokenizers that have the chat symbols; a response, like every turn, closes with <|end|>."""
+_FRAMES_OF_TEMPLATES = ("<template>", "<unknown>")
+"""What Jinja calls a template's file in a traceback: while it renders, and while it compiles."""
 
 
 class _Generation(Extension):
@@ -37,18 +36,40 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def render_messages(template: str, messages: Sequence[Message], special_tokens: Mapping[str, str]) -> str:
-    """The text of a conversation up to where the assistant's next answer begins.
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How messages become text."""
 
-    Args:
-        template: Jinja, in the dialect of Hugging Face chat templates.
-        messages: the turns so far.
-        special_tokens: names that the template may use (`bos_token`, `eos_token`, ...) and their text.
-    """
-    try:
-        return _compile(template).render(messages=list(messages), add_generation_prompt=True, **special_tokens)
-    except Exception as error:  # a template is code, and raises what its expressions raise
-        raise DataError(f"the chat template cannot render these messages: {error}") from None
+    text: str
+    """Jinja, in the dialect of Hugging Face chat templates."""
+    source: str
+    """What messages call it: the file that it is in."""
+
+    def render(self, messages: Sequence[Message], special_tokens: Mapping[str, str]) -> str:
+        """The text of a conversation up to where the assistant's next answer begins.
+
+        Args:
+            messages: the turns so far.
+            special_tokens: names that the template may use (`bos_token`, `eos_token`, ...) and their text.
+
+        Raises:
+            DataError: with the template's source and line, if it cannot.
+        """
+        try:
+            return _compile(self.text).render(messages=list(messages), add_generation_prompt=True, **special_tokens)
+        except Exception as error:  # a template is code, and raises what its expressions raise
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f", line {frame.lineno}," for frame in frames if frame.filename in _FRAMES_OF_TEMPLATES]
+            where = self.source + (lines[-1] if lines else "")
+            raise DataError(f"the chat template {where} cannot render these messages: {error}") from None
+
+
+BUILT_IN_TEMPLATE = ChatTemplate(
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    source="built in",
+)
+"""For sentencepiece tokenizers that have the chat symbols; a response, like every turn, closes with <|end|>."""
 
 
 @lru_cache(maxsize=8)

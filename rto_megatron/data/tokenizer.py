@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from rto_megatron.data.chat import CHAT_SYMBOLS, DEFAULT_TEMPLATE, Message, render_messages
+from rto_megatron.data.chat import BUILT_IN_TEMPLATE, CHAT_SYMBOLS, ChatTemplate, Message
 from rto_megatron.errors import ConfigError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -92,7 +92,7 @@ class SentencePieceTokenizer:
 
     bos_id: int | None
 
-    def __init__(self, model: bytes, template: str | None, *, name: str) -> None:
+    def __init__(self, model: bytes, template: ChatTemplate | None, *, name: str) -> None:
         # Here and below: imports of seconds, only for who needs that kind of tokenizer.
         from sentencepiece import SentencePieceProcessor
 
@@ -115,7 +115,7 @@ class SentencePieceTokenizer:
                 f"tokenizer {name}: the built-in chat template needs the symbols {' '.join(missing)}, which it lacks; "
                 "set tokenizer.chat_template to a Jinja file that fits it"
             )
-        self.template = template or DEFAULT_TEMPLATE
+        self.template = template or BUILT_IN_TEMPLATE
         # Turns of the built-in template close with <|end|>, so a response does too.
         self.eos_id = pieces.eos_id() if missing else self._special["<|end|>"]
         self.bos_id = pieces.bos_id() if pieces.bos_id() >= 0 else None
@@ -136,8 +136,8 @@ class SentencePieceTokenizer:
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation by the chat template, up to where the assistant answers."""
         names = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        text = render_messages(
-            self.template, messages, {k: self._pieces.id_to_piece(v) for k, v in names.items() if v is not None}
+        text = self.template.render(
+            messages, {k: self._pieces.id_to_piece(v) for k, v in names.items() if v is not None}
         )
         ids: list[int] = []
         # sentencepiece reads control pieces in text as plain characters, so they are cut out first.
@@ -149,17 +149,17 @@ class SentencePieceTokenizer:
         """Write a folder that `load_tokenizer` reads back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SENTENCEPIECE_FILE).write_bytes(self._model)
-        (folder / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(self.template.text, encoding="utf-8")
 
     def digest(self) -> str:
         """sha256 over the tokenizer's files and its chat template."""
-        return _digest({SENTENCEPIECE_FILE: self._model}, self.template)
+        return _digest({SENTENCEPIECE_FILE: self._model}, self.template.text)
 
 
 class HuggingFaceTokenizer:
     """A tokenizer of the transformers library, from a local folder."""
 
-    def __init__(self, folder: Path, template: str | None) -> None:
+    def __init__(self, folder: Path, template: ChatTemplate | None) -> None:
         from transformers import AutoTokenizer
 
         # Kept as bytes and written back as they came: a library that saves them anew may change them.
@@ -170,14 +170,15 @@ class HuggingFaceTokenizer:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"tokenizer {folder}: transformers cannot read it: {reason}") from None
         own = self._tokenizer.chat_template
-        template = template or (own.get("default") if isinstance(own, dict) else own)
-        if not template:
+        own = own.get("default") if isinstance(own, dict) else own
+        if template is None and not own:
             raise ConfigError(
                 f"tokenizer {folder}: needs a chat template, found none; set tokenizer.chat_template to a Jinja file"
             )
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {folder}: needs an eos_token, found none; set it in tokenizer_config.json")
-        self.template = template
+        holder = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else "tokenizer_config.json")
+        self.template = template or ChatTemplate(own, source=str(holder))
         self.vocab_size = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
         self.bos_id: int | None = self._tokenizer.bos_token_id
@@ -212,18 +213,18 @@ class HuggingFaceTokenizer:
     def render(self, messages: Sequence[Message]) -> list[int]:
         """Ids of a conversation by the chat template, up to where the assistant answers."""
         names = {k: v for k, v in self._tokenizer.special_tokens_map.items() if isinstance(v, str)}
-        return self.encode(render_messages(self.template, messages, names))
+        return self.encode(self.template.render(messages, names))
 
     def save(self, folder: Path) -> None:
         """Write a folder that `load_tokenizer` reads back with the same digest."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
-        (folder / TEMPLATE_FILE).write_text(self.template, encoding="utf-8")
+        (folder / TEMPLATE_FILE).write_text(self.template.text, encoding="utf-8")
 
     def digest(self) -> str:
         """sha256 over the tokenizer's files and its chat template."""
-        return _digest(self._files, self.template)
+        return _digest(self._files, self.template.text)
 
 
 def _digest(files: Mapping[str, bytes], template: str) -> str:
@@ -234,9 +235,9 @@ def _digest(files: Mapping[str, bytes], template: str) -> str:
     return total.hexdigest()
 
 
-def _read_template(path: Path) -> str:
+def _read_template(path: Path) -> ChatTemplate:
     try:
-        return path.read_text(encoding="utf-8")
+        return ChatTemplate(path.read_text(encoding="utf-8"), source=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokenizer.chat_template {path}: must be a readable text file, got: {error}") from None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rto_megatron.data.chat import ChatTemplate
 from rto_megatron.data.readers import read_preferences, read_prompts, read_sft
 from rto_megatron.errors import DataError
 from tests.data.tokenizers import ours
@@ -233,20 +234,24 @@ def test_a_pair_that_becomes_the_same_tokens_is_an_error(tokenizer, tmp_path, mo
         pairs(write(tmp_path / "rows.jsonl", GOOD_PAIR), tokenizer)
 
 
-def test_what_the_template_refuses_names_its_line(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "template", "{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template cannot render .*: roles must alternate"):
-        prompts(write(tmp_path / "rows.jsonl", {"prompt": "x"}), tokenizer)
+BAD_TEMPLATES = {
+    "refuses": ("{# our rule #}\n{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+    "breaks": ("\n{% macro f() %}{{ 1 + 'a' }}{% endmacro %}\n\n{{ f() }}", "unsupported operand"),
+    "is no template": ("{% if true %}\n{% endfor %}", "Encountered unknown tag 'endfor'"),
+}
 
 
-def test_a_template_that_breaks_names_its_line(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "template", "{{ 1 + 'a' }}")
-    with pytest.raises(DataError, match=r"rows\.jsonl:1: the chat template cannot render .*: unsupported operand"):
+@pytest.mark.parametrize("case", BAD_TEMPLATES)
+def test_what_a_template_cannot_render_names_its_line_and_the_rows(case, tokenizer, tmp_path, monkeypatch):
+    text, reason = BAD_TEMPLATES[case]
+    monkeypatch.setattr(tokenizer, "template", ChatTemplate(text, source="chat.jinja"))
+    message = rf"rows\.jsonl:1: the chat template chat\.jinja, line 2, cannot render these messages: {reason}"
+    with pytest.raises(DataError, match=message):
         prompts(write(tmp_path / "rows.jsonl", {"prompt": "x"}), tokenizer)
 
 
 def test_a_template_that_renders_nothing_is_an_error(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer, "template", "{# nothing #}")
+    monkeypatch.setattr(tokenizer, "template", ChatTemplate("{# nothing #}", source="chat.jinja"))
     with pytest.raises(DataError, match=r"rows\.jsonl:1: needs a prompt of at least one token"):
         prompts(write(tmp_path / "rows.jsonl", {"prompt": "x"}), tokenizer)
 

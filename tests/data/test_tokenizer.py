@@ -147,8 +147,16 @@ def test_generation_marks_render_as_their_body(tmp_path, hub_folder):
 def test_a_template_may_refuse_messages(tmp_path, hub_folder):
     template = tmp_path / "strict.jinja"
     template.write_text("{{ raise_exception('no system role') }}")
-    with pytest.raises(DataError, match="the chat template cannot render these messages: no system role"):
+    with pytest.raises(DataError, match=r"template .*/strict\.jinja, line 1, cannot render these .*: no system role"):
         load_tokenizer(hub_folder, template).render(TALK)
+
+
+def test_a_template_is_called_by_the_file_it_is_in(tokenizer, hub_folder, tmp_path):
+    tokenizer.save(tmp_path / "ours")
+    load_tokenizer(hub_folder).save(tmp_path / "theirs")
+    assert load_tokenizer(hub_folder).template.source == f"{hub_folder}/tokenizer_config.json"
+    for folder in ("ours", "theirs"):
+        assert load_tokenizer(tmp_path / folder).template.source == f"{tmp_path}/{folder}/chat_template.jinja"
 
 
 BAD_FOLDERS = {

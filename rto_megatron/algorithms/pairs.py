@@ -1,5 +1,6 @@
-"""Preference pairs: how they lie in a batch, and who wins."""
+"""Preference pairs: how they lie in a batch, and what is reported of them."""
 
+import torch
 from torch import Tensor
 
 
@@ -8,6 +9,29 @@ def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[0::2], x[1::2]
 
 
-def num_correct(*, chosen: Tensor, rejected: Tensor) -> Tensor:
-    """How many of P pairs have the higher reward on the chosen side; an int64 scalar. A tie is not correct."""
-    return (chosen > rejected).sum()
+def pair_sums(loss: Tensor, *, chosen: Tensor, rejected: Tensor, num_pairs: int) -> Tensor:
+    """A microbatch's part of the minibatch's loss, accuracy, mean chosen and mean rejected reward.
+
+    Args:
+        loss: scalar, already divided by `num_pairs`.
+        chosen: [P] rewards, or scores, of the better responses.
+        rejected: [P] of the worse ones.
+        num_pairs: pairs of the whole minibatch.
+
+    Returns:
+        [4] without gradient; adds up over microbatches and ranks.
+    """
+    correct = (chosen > rejected).sum()  # a tie is not correct
+    return torch.stack((loss, correct / num_pairs, chosen.sum() / num_pairs, rejected.sum() / num_pairs)).detach()
+
+
+def pair_metrics(sums: Tensor, *, side: str) -> dict[str, float]:
+    """`pair_sums`, added up, by name; `side` is what the two sides have: a `reward` or a `score`."""
+    loss, accuracy, chosen, rejected = sums.tolist()
+    return {
+        "loss": loss,
+        "accuracy": accuracy,
+        "margin": chosen - rejected,
+        f"chosen_{side}": chosen,
+        f"rejected_{side}": rejected,
+    }

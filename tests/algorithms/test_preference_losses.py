@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rto_megatron.algorithms.dpo import dpo_loss, mean_log_probs, sequence_log_probs
-from rto_megatron.algorithms.pairs import num_correct, split_pairs
+from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
 from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores, state_values
 from rto_megatron.algorithms.sft import lm_loss
 
@@ -30,7 +30,6 @@ def test_dpo_loss_is_the_log_odds_of_the_margin():
     assert result.loss.item() == pytest.approx(expected)
     torch.testing.assert_close(result.chosen_rewards, torch.tensor([0.5, 0.0]))
     torch.testing.assert_close(result.rejected_rewards, torch.tensor([-0.5, 0.5]))
-    assert num_correct(chosen=result.chosen_rewards, rejected=result.rejected_rewards) == 1
 
 
 def test_label_smoothing_mixes_in_the_opposite_label():
@@ -63,8 +62,20 @@ def test_pairs_lie_as_chosen_then_rejected():
     assert rejected.tolist() == [10, 20]
 
 
-def test_a_tie_is_not_correct():
-    assert num_correct(chosen=torch.tensor([1.0, 1.0, 2.0]), rejected=torch.tensor([1.0, 0.0, 3.0])) == 1
+def test_sums_of_pairs_add_up_over_microbatches_and_a_tie_is_not_correct():
+    chosen, rejected = torch.tensor([1.0, 1.0, 2.0, 4.0], requires_grad=True), torch.tensor([1.0, 0.0, 3.0, 0.0])
+    sums = [
+        pair_sums(chosen[rows].sum() / 4, chosen=chosen[rows], rejected=rejected[rows], num_pairs=4)
+        for rows in ([0, 1, 2], [3])
+    ]
+    assert not any(part.requires_grad for part in sums)
+    assert pair_metrics(sum(sums), side="score") == {
+        "loss": 2.0,
+        "accuracy": 0.5,
+        "margin": 1.0,
+        "chosen_score": 2.0,
+        "rejected_score": 1.0,
+    }
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "logexp"])

@@ -47,6 +47,10 @@ class ParallelConfig:
             raise ConfigError(
                 f"parallel.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}"
             )
+        if model.padded_vocab_size % self.tensor:
+            raise ConfigError(
+                f"parallel.tensor must divide the padded vocabulary {model.padded_vocab_size}, got {self.tensor}"
+            )
         if model.num_layers % self.pipeline:
             raise ConfigError(f"parallel.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
 

@@ -7,17 +7,16 @@ import torch
 from rto_megatron.algorithms.reward_model import sequence_scores, state_values
 from rto_megatron.algorithms.rewards import normalise_scores
 from rto_megatron.batch import Rollout, Signals
-from rto_megatron.config.algorithm import RolloutConfig
 from rto_megatron.config.run import EvaluateRun, RTORun
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Checkpoint, open_checkpoint
+from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
 from rto_megatron.distributed.step import Forward, head_outputs, score, token_log_probs
-from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
-from rto_megatron.stages.roles import check_same_tokenizer, load_role, tokenizer_of
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.rules import check_run, roles_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +50,19 @@ class Actors:
 
 
 def load_actors(config: RTORun, mesh: Mesh) -> Actors:
-    """Load every role that the run needs, and refuse roles that do not belong together.
+    """Load every role that the run needs, once all that can be told without weights has been checked.
 
     Raises:
-        CheckpointError: a checkpoint is missing or damaged, tokenizers differ, or the DPO run's
-            reference is not the run's.
-        ConfigError: the window does not fit the model.
+        ConfigError, CheckpointError: as `check_run` and `load_role`.
     """
+    parents = check_run(config, mesh.data.size)
     cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
-    judges, parents = load_judges(config, mesh)
-    policy, parents["policy"] = load_role(config.policy, "policy", mesh, frozen=False, **cut)
+    starts = {role.name: role.path for role in roles_of(config)}
+    judges = load_judges(config, mesh)
+    policy, _ = load_role(starts["policy"], "policy", mesh, frozen=False, **cut)
     critic = None
-    if config.advantage.estimator == "gae":
-        start = config.critic or config.reward_model or config.policy
-        critic, parents["critic"] = load_role(start, "value", mesh, frozen=False, seed=config.seed, **cut)
-    check_same_tokenizer(*parents.values())
-    check_window(config.rollout, parents)
+    if "critic" in starts:
+        critic, _ = load_role(starts["critic"], "value", mesh, frozen=False, seed=config.seed, **cut)
     return Actors(
         policy=make_trainable("policy", policy, config.optimizer, mesh),
         critic=make_trainable("critic", critic, config.critic_optimizer, mesh) if critic is not None else None,
@@ -76,57 +72,21 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
     )
 
 
-def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> tuple[Judges, dict[str, Checkpoint]]:
-    """Load the frozen roles whose coefficient is not 0, with the checkpoints they came from.
+def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> Judges:
+    """Load the frozen roles whose coefficient is not 0.
 
     Raises:
-        CheckpointError: as `load_actors`.
+        CheckpointError: as `load_role`.
     """
     cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
-    reference, from_reference = load_role(config.reference, "policy", mesh, frozen=True, **cut)
-    parents, dpo, reward = {"reference": from_reference}, None, None
-    if config.rto.dpo_coef > 0 and config.dpo is not None:
-        check_lineage(open_checkpoint(config.dpo), from_reference, allowed=config.allow_other_reference)
-        dpo, parents["dpo"] = load_role(config.dpo, "policy", mesh, frozen=True, **cut)
-    scored = config.rto.score_coef > 0 or isinstance(config, EvaluateRun)  # an evaluation always shows the score
-    if scored and config.reward_model is not None:
-        model, parent = load_role(config.reward_model, "value", mesh, frozen=True, **cut)
-        if parent.manifest.stage != "reward":
-            raise CheckpointError(
-                f"{parent.folder}: `reward_model` must be a run of the stage reward, got one of "
-                f"{parent.manifest.stage}; its head would score at random"
-            )
-        parents["reward_model"] = parent
+    starts, dpo, reward = {role.name: role.path for role in roles_of(config)}, None, None
+    reference, _ = load_role(starts["reference"], "policy", mesh, frozen=True, **cut)
+    if "dpo" in starts:
+        dpo, _ = load_role(starts["dpo"], "policy", mesh, frozen=True, **cut)
+    if "reward_model" in starts:
+        model, parent = load_role(starts["reward_model"], "value", mesh, frozen=True, **cut)
         reward = RewardModel(model=model, mean=parent.manifest.score_mean, std=parent.manifest.score_std)
-    check_same_tokenizer(*parents.values())
-    return Judges(reference=reference, dpo=dpo, reward=reward), parents
-
-
-def check_lineage(dpo: Checkpoint, reference: Checkpoint, *, allowed: bool) -> None:
-    """Raise CheckpointError unless the DPO policy was trained from this reference.
-
-    log pi_dpo - log pi_ref is a reward only for the reference that DPO was trained against.
-    """
-    parent = dpo.manifest.parents.get("reference")
-    if parent != reference.id and not allowed:
-        raise CheckpointError(
-            f"{dpo.folder}: was trained from the reference {parent or '(none recorded)'}, but `reference` is "
-            f"{reference.folder} with id {reference.id}; name the SFT run that DPO started from, train DPO again, "
-            "or set allow_other_reference to true"
-        )
-
-
-def check_window(rollout: RolloutConfig, parents: dict[str, Checkpoint]) -> None:
-    """Raise ConfigError if a prompt and its response may be longer than a role can see."""
-    window = rollout.max_prompt_tokens + rollout.max_new_tokens
-    for role, parent in parents.items():
-        longest = min(model.max_length for model in parent.manifest.models.values())
-        if window > longest:
-            raise ConfigError(
-                f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
-                f"{rollout.max_new_tokens} must be at most the {longest} tokens that the "
-                f"{role} ({parent.folder}) can see, got {window}"
-            )
+    return Judges(reference=reference, dpo=dpo, reward=reward)
 
 
 def score_rollout(

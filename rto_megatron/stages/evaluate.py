@@ -10,14 +10,14 @@ from rto_megatron.algorithms.rewards import shape_token_rewards
 from rto_megatron.config.run import EvaluateRun
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import open_checkpoint
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.metrics import Console, format_number
-from rto_megatron.stages.actors import check_window, load_judges
+from rto_megatron.stages.actors import load_judges
 from rto_megatron.stages.generate import check_writable, json_lines, write_text
 from rto_megatron.stages.held_out import Answers, answer
-from rto_megatron.stages.roles import check_same_tokenizer, load_role, tokenizer_of
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.rules import check_run
 
 COLUMNS = {
     "policy": "run",
@@ -46,16 +46,13 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
     """Answer the held-out prompts with each policy, judge, print and write the table."""
     mesh, console = build_mesh(config.parallel, runtime, seed=config.seed), Console(is_main())
     check_writable("run_dir", config.run_dir / "evaluation.json")
-    judges, parents = load_judges(config, mesh)
+    parents = check_run(config, mesh.data.size)  # all of them, before the first one's answers take an hour
+    judges = load_judges(config, mesh)
     tokenizer = tokenizer_of(parents["reference"])
     prompts, dropped = read_prompts(
         config.prompts, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, too_long=config.too_long
     )
     prompts = prompts[: config.max_prompts]
-    # all of them, before the first one's answers take an hour
-    candidates = {str(path): open_checkpoint(path) for path in config.checkpoints}
-    check_same_tokenizer(*parents.values(), *candidates.values())
-    check_window(config.rollout, {**parents, **candidates})
     console.say(f"prompts: {dropped}; answering {len(prompts)}")
     rows = []
     for path in config.checkpoints:

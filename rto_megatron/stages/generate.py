@@ -14,8 +14,8 @@ from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.responses import generate
-from rto_megatron.stages.actors import check_window
 from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import writing
 
 PROMPTS_AT_A_TIME = 512
@@ -26,10 +26,10 @@ def run(config: GenerateRun, runtime: Runtime) -> None:
     """Answer all prompts, in file order; the file is complete or not there."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_writable("out", config.out)
+    check_run(config, mesh.data.size)
     model, checkpoint = load_role(
         config.checkpoint, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=True
     )
-    check_window(config.rollout, {"policy": checkpoint})
     tokenizer, console = tokenizer_of(checkpoint), Console(is_main())
     prompts, dropped = read_prompts(
         config.prompts, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, too_long=config.too_long

@@ -10,6 +10,7 @@ from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.errors import CheckpointError
 from rto_megatron.models.gpt import Kind, build_model
 from rto_megatron.models.weights import initialize
+from rto_megatron.stages.rules import check_kind
 
 
 def load_role(
@@ -32,12 +33,7 @@ def load_role(
         CheckpointError: as `open_checkpoint` and `load_weights`; or a policy is wanted of a run that has none.
     """
     checkpoint = open_checkpoint(path)
-    # With tied embeddings a reward model has all the weights of a policy, but it has unlearned to write.
-    if kind == "policy" and "policy" not in checkpoint.manifest.models:
-        raise CheckpointError(
-            f"{checkpoint.folder}: a policy must start from a run of sft, dpo, rto, ppo or convert, got one of "
-            f"{checkpoint.manifest.stage}, which holds none"
-        )
+    check_kind(checkpoint, kind)
     role = checkpoint.manifest.role_for(kind)
     architecture = checkpoint.manifest.models[role]
     model = build_model(
@@ -76,14 +72,3 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     for architecture in checkpoint.manifest.models.values():
         check_vocabulary(tokenizer, architecture.vocab_size)
     return tokenizer
-
-
-def check_same_tokenizer(*checkpoints: Checkpoint | None) -> None:
-    """Raise CheckpointError unless all roles read and write the same tokens."""
-    first, *others = (c for c in checkpoints if c is not None)
-    for other in others:
-        if other.manifest.tokenizer != first.manifest.tokenizer:
-            raise CheckpointError(
-                f"{other.folder}: its tokenizer or chat template differs from that of {first.folder}; "
-                "all roles of a run must share them"
-            )

@@ -21,6 +21,7 @@ from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
 from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
+from rto_megatron.stages.rules import architecture_rules, check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size_table
 
@@ -28,12 +29,12 @@ from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size
 def run(config: SFTRun, runtime: Runtime) -> None:
     """Train a policy from scratch, or from another run, on (prompt, response) rows."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
-    model, tokenizer, parent = _start(config, mesh)
-    architecture = parent.manifest.architecture_for("policy") if parent else _architecture(config, tokenizer)
-    rows, held_out, about_rows = read_rows(read_sft, config, tokenizer, architecture, mesh)
+    check_run(config, mesh.data.size)
+    model, tokenizer, architecture, parent = _start(config, mesh)
+    rows, held_out, about_rows = read_rows(read_sft, config, tokenizer)
     steps = num_steps(len(rows), config)
 
-    with open_run(config, "sft", mesh, size_table(config, len(rows), len(held_out), mesh)) as running:
+    with open_run(config, "sft", mesh, size_table(config, len(rows), len(held_out), mesh.data.size)) as running:
         running.console.say(about_rows)
         policy = make_trainable("policy", model, config.optimizer, mesh)
         fit(policy, make_task(tokenizer, mesh), rows, held_out, config, mesh, running)
@@ -48,16 +49,15 @@ def run(config: SFTRun, runtime: Runtime) -> None:
         running.console.say(f"checkpoint: {folder}")
 
 
-def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, Checkpoint | None]:
+def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, ModelConfig, Checkpoint | None]:
     if config.start is not None:
         model, parent = load_role(
             config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
         )
-        return model, tokenizer_of(parent), parent
-    if config.tokenizer.path is None:
-        raise ConfigError("tokenizer.path must be set for a model from scratch; or name a run to start from in `start`")
-    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.chat_template)
-    architecture = _architecture(config, tokenizer)
+        return model, tokenizer_of(parent), parent.manifest.architecture_for("policy"), parent
+    tokenizer, architecture = from_scratch(config)
+    for rule in architecture_rules(config, architecture, "the model"):
+        rule.check()
     model = build_model(
         architecture,
         mesh,
@@ -67,14 +67,22 @@ def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, Checkpoi
         banned_ids=never_sampled(tokenizer, architecture.vocab_size),
         seed=config.seed,
     )
-    return model, tokenizer, None
+    return model, tokenizer, architecture, None
 
 
-def _architecture(config: SFTRun, tokenizer: Tokenizer) -> ModelConfig:
-    if config.model.vocab_size:
-        check_vocabulary(tokenizer, config.model.vocab_size)
-        return config.model
-    return replace(config.model, vocab_size=tokenizer.vocab_size)
+def from_scratch(config: SFTRun) -> tuple[Tokenizer, ModelConfig]:
+    """What a model that starts from nothing is made of.
+
+    Raises:
+        ConfigError: there is no tokenizer, or it does not fit the model.
+    """
+    if config.tokenizer.path is None:
+        raise ConfigError("tokenizer.path must be set for a model from scratch; or name a run to start from in `start`")
+    tokenizer = load_tokenizer(config.tokenizer.path, config.tokenizer.chat_template)
+    if not config.model.vocab_size:
+        return tokenizer, replace(config.model, vocab_size=tokenizer.vocab_size)
+    check_vocabulary(tokenizer, config.model.vocab_size)
+    return tokenizer, config.model
 
 
 def make_task(tokenizer: Tokenizer, mesh: Mesh) -> Task:

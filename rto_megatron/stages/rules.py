@@ -1,0 +1,213 @@
+"""What a run's config and the checkpoints that it names must obey, told before any model is built.
+
+A stage checks every rule with `check_run`, which stops at the first that is broken; `doctor` lists them all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.config.algorithm import RolloutConfig
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun, SFTRun
+from rto_megatron.data.tokenizer import TEMPLATE_FILE
+from rto_megatron.distributed.checkpoint import Checkpoint, open_checkpoint
+from rto_megatron.errors import CheckpointError, ConfigError
+from rto_megatron.models.gpt import Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """A model of a run, and the run that it comes from."""
+
+    name: str
+    path: Path
+    kind: Kind
+    optimizer: OptimizerConfig | None = None
+    """Of a role that learns; None where it is frozen."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One thing that must hold."""
+
+    check: Callable[[], object]
+    """Raises UserError where it does not."""
+    why: str
+    """What would go wrong otherwise."""
+
+
+def roles_of(config: Any) -> list[Role]:
+    """The roles that come from checkpoints; those that a coefficient of 0 turns off are not among them."""
+    match config:
+        case SFTRun():
+            start = config.start
+            return [Role(name="start", path=start, kind="policy", optimizer=config.optimizer)] if start else []
+        case DPORun():
+            return [Role(name="start", path=config.start, kind="policy", optimizer=config.optimizer)]
+        case RewardRun():
+            return [Role(name="start", path=config.start, kind="value", optimizer=config.optimizer)]
+        case GenerateRun():
+            return [Role(name="policy", path=config.checkpoint, kind="policy")]
+        case RTORun():
+            roles = [
+                *_judges(config),
+                Role(name="policy", path=config.policy, kind="policy", optimizer=config.optimizer),
+            ]
+            if config.advantage.estimator == "gae":
+                start = config.critic or config.reward_model or config.policy
+                roles.append(Role(name="critic", path=start, kind="value", optimizer=config.critic_optimizer))
+            return roles
+        case EvaluateRun():
+            return [*_judges(config), *(Role(name=str(p), path=p, kind="policy") for p in config.checkpoints)]
+    return []
+
+
+def _judges(config: RTORun | EvaluateRun) -> Iterator[Role]:
+    yield Role(name="reference", path=config.reference, kind="policy")
+    if config.rto.dpo_coef > 0 and config.dpo is not None:
+        yield Role(name="dpo", path=config.dpo, kind="policy")
+    scored = config.rto.score_coef > 0 or isinstance(config, EvaluateRun)  # an evaluation always shows the score
+    if scored and config.reward_model is not None:
+        yield Role(name="reward_model", path=config.reward_model, kind="value")
+
+
+def check_run(config: Any, num_data: int) -> dict[str, Checkpoint]:
+    """Check every rule; the checkpoints by role.
+
+    Args:
+        num_data: data-parallel size.
+
+    Raises:
+        ConfigError: the layout does not divide a batch or a model, or a sequence is longer than a model can see.
+        CheckpointError: a checkpoint is missing or not complete, or the roles do not belong together.
+    """
+    for rule in size_rules(config, num_data):
+        rule.check()
+    opened = {role.name: open_checkpoint(role.path) for role in roles_of(config)}
+    for rule in role_rules(config, opened):
+        rule.check()
+    return opened
+
+
+def size_rules(config: Any, num_data: int) -> Iterator[Rule]:
+    """That the data-parallel ranks can share each batch equally."""
+    sizes = {}
+    if isinstance(config, SFTRun | DPORun | RewardRun):
+        sizes = {"train.batch_size": config.train.batch_size}
+    elif isinstance(config, RTORun):
+        sizes = {
+            "prompts_per_step x samples_per_prompt": config.prompts_per_step * config.samples_per_prompt,
+            "samples_per_optimizer_step": config.samples_per_optimizer_step,
+        }
+    for name, value in sizes.items():
+        yield Rule(partial(check_divides, name, value, num_data), "replicas would get different numbers of rows")
+
+
+def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:
+    """All that must hold of the roles, each and together; of those among `opened`, which may lack some."""
+    roles = [role for role in roles_of(config) if role.name in opened]
+    for role in roles:
+        checkpoint = opened[role.name]
+        yield Rule(partial(check_kind, checkpoint, role.kind), "a model without an output layer cannot write")
+        if role.name == "reward_model":
+            yield Rule(partial(check_is_reward_run, checkpoint), "scores of an untrained head are noise")
+        architecture = checkpoint.manifest.architecture_for(role.kind)
+        yield from architecture_rules(config, architecture, f"the {role.name} ({checkpoint.folder})")
+    for role in roles[1:]:
+        yield Rule(
+            partial(check_same_tokenizer, opened[roles[0].name], opened[role.name]),
+            "log-probs and scores of one role would be of other tokens than those of the next",
+        )
+    if "dpo" in opened and "reference" in opened:
+        yield Rule(
+            partial(check_lineage, opened["dpo"], opened["reference"], allowed=config.allow_other_reference),
+            "log pi_dpo - log pi_ref is a reward only for the reference that DPO was trained against",
+        )
+
+
+def architecture_rules(config: Any, architecture: ModelConfig, name: str) -> Iterator[Rule]:
+    """That a model can be cut as the config says, and can see its longest sequence."""
+    yield Rule(partial(config.parallel.check_model, architecture), "every rank holds an equal part of each matrix")
+    beyond = "positions beyond those that it was trained on give garbage"
+    if isinstance(config, SFTRun | DPORun | RewardRun):
+        yield Rule(partial(check_length, config.data.max_length, architecture), beyond)
+    elif isinstance(config, RTORun | GenerateRun | EvaluateRun):
+        yield Rule(partial(check_window, config.rollout, architecture, name), beyond)
+
+
+def check_divides(name: str, value: int, num_data: int) -> None:
+    """Raise ConfigError unless a batch size can be shared equally by the data-parallel ranks."""
+    if value % num_data:
+        raise ConfigError(
+            f"{name} must be a multiple of the {num_data} data-parallel ranks, got {value}; "
+            f"use {-(-value // num_data) * num_data}"
+        )
+
+
+def check_length(max_length: int, architecture: ModelConfig) -> None:
+    """Raise ConfigError if rows may be longer than the model can see."""
+    if max_length > architecture.max_length:
+        raise ConfigError(
+            f"data.max_length must be at most the model's {architecture.max_length} tokens (model.max_length), "
+            f"got {max_length}"
+        )
+
+
+def check_window(rollout: RolloutConfig, architecture: ModelConfig, name: str) -> None:
+    """Raise ConfigError if a prompt and its response may be longer than a role can see."""
+    window = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if window > architecture.max_length:
+        raise ConfigError(
+            f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "
+            f"{rollout.max_new_tokens} must be at most the {architecture.max_length} tokens that {name} can see, "
+            f"got {window}"
+        )
+
+
+def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
+    """Raise CheckpointError where a policy is wanted of a run that has none."""
+    # With tied embeddings a reward model has all the weights of a policy, but it has unlearned to write.
+    if kind == "policy" and "policy" not in checkpoint.manifest.models:
+        raise CheckpointError(
+            f"{checkpoint.folder}: a policy must start from a run of sft, dpo, rto, ppo or convert, got one of "
+            f"{checkpoint.manifest.stage}, which holds none"
+        )
+
+
+def check_is_reward_run(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the checkpoint holds a reward model."""
+    if checkpoint.manifest.stage != "reward":
+        raise CheckpointError(
+            f"{checkpoint.folder}: `reward_model` must be a run of the stage reward, got one of "
+            f"{checkpoint.manifest.stage}; its head would score at random"
+        )
+
+
+def check_same_tokenizer(first: Checkpoint, other: Checkpoint) -> None:
+    """Raise CheckpointError unless both read and write the same tokens."""
+    if other.manifest.tokenizer == first.manifest.tokenizer:
+        return
+    templates = [
+        path.read_bytes() if (path := checkpoint.tokenizer_folder / TEMPLATE_FILE).is_file() else b""
+        for checkpoint in (first, other)
+    ]
+    what = "tokenizer" if templates[0] == templates[1] else "chat template"
+    raise CheckpointError(
+        f"{other.folder}: its {what} differs from that of {first.folder}; all roles of a run must share both, "
+        "so train them from one start"
+    )
+
+
+def check_lineage(dpo: Checkpoint, reference: Checkpoint, *, allowed: bool) -> None:
+    """Raise CheckpointError unless the DPO policy was trained from this reference."""
+    parent = dpo.manifest.parents.get("reference")
+    if parent != reference.id and not allowed:
+        raise CheckpointError(
+            f"{dpo.folder}: was trained from the reference {parent or '(none recorded)'}, but `reference` is "
+            f"{reference.folder} with id {reference.id}; name the SFT run that DPO started from, train DPO again, "
+            "or set allow_other_reference to true"
+        )

@@ -1,10 +1,9 @@
 """The sentence reward model: a score for a whole response, learned from pairs."""
 
-from functools import partial
-
+import torch
 from torch import Tensor
 
-from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
+from rto_megatron.algorithms.pairs import num_correct, split_pairs
 from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores
 from rto_megatron.batch import PreferenceBatch
 from rto_megatron.config.run import RewardRun
@@ -17,7 +16,6 @@ from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, head_outputs
 from rto_megatron.models.heads import ScalarModel
-from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
@@ -28,7 +26,6 @@ def run(config: RewardRun, runtime: Runtime) -> None:
     """Train a scalar head and its backbone; store mean and std of the scores with the weights."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
-    own = find_own(config, "reward")
     model, parent = load_role(
         config.start,
         "value",
@@ -41,33 +38,23 @@ def run(config: RewardRun, runtime: Runtime) -> None:
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("value")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
     steps = num_steps(len(rows), config)
-    manifest = Manifest(
-        stage="reward",
-        step=steps,
-        models={"value": architecture},
-        tokenizer=parent.manifest.tokenizer,
-        parents={"start": parent.id},
-        data=digests(rows, held_out),
-    )
-    check_unchanged(own, manifest)
-    if is_finished(own, steps):
-        return
 
-    with open_run(
-        config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh.data.size), own=own
-    ) as running:
+    with open_run(config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh.data.size)) as running:
         running.console.say(about_rows)
         trainable = make_trainable("reward model", model, config.optimizer, mesh)
-
-        def with_moments() -> Manifest:
-            mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)
-            running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}")
-            return replace(manifest, score_mean=mean, score_std=std)
-
-        checkpoints = Checkpoints(config, {"value": trainable}, with_moments, tokenizer, steps)
-        task = make_task(config, tokenizer, mesh)
-        fit(trainable, task, rows, held_out, config, mesh, running, checkpoints=checkpoints, own=own)
+        fit(trainable, make_task(config, tokenizer, mesh), rows, held_out, config, mesh, running)
         mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)
+        manifest = Manifest(
+            stage="reward",
+            step=steps,
+            models={"value": architecture},
+            tokenizer=parent.manifest.tokenizer,
+            parents={"start": parent.id},
+            score_mean=mean,
+            score_std=std,
+        )
+        folder = save_checkpoint(config.run_dir, manifest, {"value": model}, tokenizer.save)
+        running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}; checkpoint: {folder}")
 
 
 def score_moments(
@@ -92,9 +79,21 @@ def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         def loss(output: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
             chosen, rejected = split_pairs(sequence_scores(output, batch.num_tokens))
             value = pairwise_loss(chosen=chosen, rejected=rejected, loss=config.reward.loss, num_pairs=num_pairs)
-            return value, pair_sums(value, chosen=chosen, rejected=rejected, num_pairs=num_pairs)
+            correct = num_correct(chosen=chosen, rejected=rejected)
+            sums = torch.stack((correct.float(), chosen.sum(), rejected.sum())) / num_pairs
+            return value, torch.cat((value.detach()[None], sums))
 
         return loss
+
+    def summarise(sums: Tensor) -> dict[str, float]:
+        loss, accuracy, chosen, rejected = sums.tolist()
+        return {
+            "loss": loss,
+            "accuracy": accuracy,
+            "margin": chosen - rejected,
+            "chosen_score": chosen,
+            "rejected_score": rejected,
+        }
 
     return Task(
         group="reward_model",
@@ -102,6 +101,6 @@ def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         forward=head_outputs,
         make_loss=make_loss,
         num_sums=4,
-        summarise=partial(pair_metrics, side="score"),
+        summarise=summarise,
         rows_per_item=2,
     )

@@ -1,12 +1,13 @@
 """Direct preference optimization (arXiv 2305.18290): a policy whose log-ratio to the reference is a reward."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.dpo import dpo_loss, sequence_log_probs
-from rto_megatron.algorithms.pairs import num_correct, split_pairs
+from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
 from rto_megatron.batch import DPOBatch
 from rto_megatron.config.run import DPORun
 from rto_megatron.data.collate import collate_preferences
@@ -97,21 +98,9 @@ def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
                 num_pairs=num_pairs,
             )
             better, worse = result.chosen_rewards, result.rejected_rewards
-            correct = num_correct(chosen=better, rejected=worse)
-            sums = (correct / num_pairs, better.sum() / num_pairs, worse.sum() / num_pairs)
-            return result.loss, torch.stack((result.loss.detach(), *sums))
+            return result.loss, pair_sums(result.loss, chosen=better, rejected=worse, num_pairs=num_pairs)
 
         return loss
-
-    def summarise(sums: Tensor) -> dict[str, float]:
-        loss, accuracy, chosen, rejected = sums.tolist()
-        return {
-            "loss": loss,
-            "accuracy": accuracy,
-            "margin": chosen - rejected,
-            "chosen_reward": chosen,
-            "rejected_reward": rejected,
-        }
 
     return Task(
         group="dpo",
@@ -119,6 +108,6 @@ def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         forward=token_log_probs,
         make_loss=make_loss,
         num_sums=4,
-        summarise=summarise,
+        summarise=partial(pair_metrics, side="reward"),
         rows_per_item=2,
     )

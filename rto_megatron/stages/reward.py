@@ -1,9 +1,10 @@
 """The sentence reward model: a score for a whole response, learned from pairs."""
 
-import torch
+from functools import partial
+
 from torch import Tensor
 
-from rto_megatron.algorithms.pairs import num_correct, split_pairs
+from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
 from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores
 from rto_megatron.batch import PreferenceBatch
 from rto_megatron.config.run import RewardRun
@@ -79,21 +80,9 @@ def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         def loss(output: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
             chosen, rejected = split_pairs(sequence_scores(output, batch.num_tokens))
             value = pairwise_loss(chosen=chosen, rejected=rejected, loss=config.reward.loss, num_pairs=num_pairs)
-            correct = num_correct(chosen=chosen, rejected=rejected)
-            sums = torch.stack((correct.float(), chosen.sum(), rejected.sum())) / num_pairs
-            return value, torch.cat((value.detach()[None], sums))
+            return value, pair_sums(value, chosen=chosen, rejected=rejected, num_pairs=num_pairs)
 
         return loss
-
-    def summarise(sums: Tensor) -> dict[str, float]:
-        loss, accuracy, chosen, rejected = sums.tolist()
-        return {
-            "loss": loss,
-            "accuracy": accuracy,
-            "margin": chosen - rejected,
-            "chosen_score": chosen,
-            "rejected_score": rejected,
-        }
 
     return Task(
         group="reward_model",
@@ -101,6 +90,6 @@ def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         forward=head_outputs,
         make_loss=make_loss,
         num_sums=4,
-        summarise=summarise,
+        summarise=partial(pair_metrics, side="score"),
         rows_per_item=2,
     )

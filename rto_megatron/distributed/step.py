@@ -36,22 +36,32 @@ class Batch(Protocol):
     def rows(self, index: Any, *, multiple: int = 1) -> Any: ...
 
 
-Forward = Callable[[MegatronModule, Any], Tensor]
-"""A model's output on one microbatch: log-probs and entropies [B, T, 2], or values [B, T]."""
+@dataclass(frozen=True)
+class Forward:
+    """What a model is asked about a microbatch; called with both."""
+
+    ask: Callable[[MegatronModule, Any], Tensor]
+    """Model and microbatch -> the model's output, [B, T, *depth]; hidden states before the last pipeline stage."""
+    depth: tuple[int, ...]
+    """Shape of what is said about one token: the other stages must know it too."""
+
+    def __call__(self, model: MegatronModule, batch: Batch) -> Tensor:
+        return self.ask(model, batch)
+
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
 """Output and microbatch -> the microbatch's part of the loss, already divided by a count fixed beforehand,
 and [k] sums to report. Runs on the last pipeline stage."""
 
 
-def token_log_probs(model: MegatronModule, batch: Batch) -> Tensor:
-    """A policy's log-probs and entropies of the response tokens, [B, T, 2] nats."""
-    return model(batch.tokens, position_ids(batch.tokens), None, loss_mask=batch.response_mask)
+token_log_probs = Forward(
+    lambda model, batch: model(batch.tokens, position_ids(batch.tokens), None, loss_mask=batch.response_mask),
+    depth=(2,),
+)
+"""A policy's log-probs and entropies of the response tokens, [B, T, 2] nats."""
 
-
-def head_outputs(model: MegatronModule, batch: Batch) -> Tensor:
-    """A scalar head's outputs, [B, T]; column t is read after token t."""
-    return model(batch.tokens, position_ids(batch.tokens), None)
+head_outputs = Forward(lambda model, batch: model(batch.tokens, position_ids(batch.tokens), None), depth=())
+"""A scalar head's outputs, [B, T]; column t is read after token t."""
 
 
 def cut_rows(batch: Batch, size: int, *, unit: int = 1) -> list[list[int]]:
@@ -76,7 +86,7 @@ def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, 
     """`forward` of all rows, without gradient, on every rank of the replica.
 
     Returns:
-        [B, T] or [B, T, 2] float32, rows as in `batch`, 0 beyond each row's microbatch width.
+        [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
     """
     cuts = cut_rows(batch, micro_batch_size)
     micros = [batch.rows(rows, multiple=_width_multiple(model)) for rows in cuts]
@@ -84,8 +94,7 @@ def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, 
     model.eval()
     outputs = _run(model, micros, forward, None, mesh, forward_only=True)
     model.train(was_training)
-    depth = (2,) if forward is token_log_probs else ()
-    shape = (*batch.tokens.shape, *depth)
+    shape = (*batch.tokens.shape, *forward.depth)
     whole = None
     if mesh.is_last_stage:
         whole = torch.zeros(shape, device=batch.tokens.device)

@@ -1,6 +1,7 @@
 """The command line: `python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]`.
 
-Exit codes: 0 done; 2 the user's config, data or files are wrong, with one message; 1 a bug.
+Exit codes: 0 done; 2 the user's config, data or files are wrong, with one message; 75 stopped on request (SIGTERM,
+SIGUSR1) with its state saved, start it again; 1 a bug.
 """
 
 import importlib
@@ -18,7 +19,10 @@ from rto_megatron.distributed.runtime import (
     start_runtime,
     stop_runtime,
 )
-from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.errors import ConfigError, StoppedToContinue, UserError
+
+STOPPED = 75
+"""Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
 USAGE = f"""usage: python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
        torchrun --nproc-per-node N -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
@@ -43,6 +47,11 @@ def main(words: list[str]) -> int:
             where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
             print(f"error{where}: {error}", file=sys.stderr)
         return 2
+    except StoppedToContinue as stopped:
+        if is_main():
+            print(stopped, file=sys.stderr)
+        stop_runtime()
+        return STOPPED
     return 0
 
 

@@ -105,6 +105,9 @@ METRICS: dict[str, str] = {
     "eval/kl": "k1 summed over a response to a held-out prompt; mean over responses (nats)",
     "eval/response_length": "Length of a response to a held-out prompt, EOS included; mean (tokens)",
     "eval/truncated_frac": "Responses to held-out prompts that filled the window (share of 1)",
+    # Checkpoints
+    "checkpoint/write_seconds": "From the start of a save to its name in the tracker; at the step after (seconds)",
+    "checkpoint/bytes": "Size of that checkpoint (bytes)",
     # Speed
     "speed/tokens_per_second": "Prompt and response tokens of a step over its seconds, all ranks together",
     "speed/generated_tokens_per_second": "Response tokens over the seconds of `generate`, all ranks together",
@@ -113,7 +116,7 @@ METRICS: dict[str, str] = {
     "time/advantage_seconds": "Token rewards, advantages, whitening (seconds)",
     "time/update_seconds": "Forward and backward passes and optimizer steps of what is trained (seconds)",
     "time/evaluate_seconds": "Evaluation on held-out data (seconds)",
-    "time/save_seconds": "Writing the checkpoint (seconds)",
+    "time/save_seconds": "What a checkpoint holds the training up: its snapshot, or all of it if not in the background (seconds)",
     "time/step_seconds": "The whole step, evaluation included (seconds)",
 }
 """Name, as TensorBoard groups it -> one line: meaning (unit)."""

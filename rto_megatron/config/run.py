@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
+from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
@@ -56,6 +57,7 @@ class SFTRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     """Of weights and data order."""
 
@@ -83,6 +85,7 @@ class DPORun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     """Of data order."""
 
@@ -104,6 +107,7 @@ class RewardRun:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     """Of the fresh head and the data order."""
 
@@ -150,6 +154,7 @@ class RTORun:
     """The critic's."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
     """Of prompts, samples, minibatches and a fresh critic head."""
 

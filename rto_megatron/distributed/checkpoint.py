@@ -1,24 +1,19 @@
-"""Checkpoints: written beside, hashed, synced, renamed, and named by the tracker last.
+"""What a checkpoint on disk is, and how it is read; `distributed/save.py` writes it.
 
-    RUN/checkpoints/latest.txt                  name of the newest complete step
+    RUN/checkpoints/latest.txt                  name of the newest complete step; best.txt that of the best
     RUN/checkpoints/step_00000020/
         checkpoint.json                         the Manifest
         tokenizer/                              what made the tokens
-        policy/  value/  critic/                one folder a role, in megatron-core's distributed format
+        policy/  value/  critic/                weights, a folder a role, in megatron-core's distributed format
+        policy_optimizer/  ...                  optimizer state of a role that was trained, likewise
         integrity.json                          sha256 of every file above
 
-Any layout loads any layout. The step's name, its hashes and the tracker are only written when all
-ranks have written their part, so a killed or failed save leaves the last good checkpoint named.
+Any layout loads any layout. Nothing is read whose hash was not compared first.
 """
 
-import contextlib
 import hashlib
-import itertools
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +22,14 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
-from rto_megatron.distributed.collectives import broadcast_object, gather_objects
-from rto_megatron.distributed.runtime import is_main, rank, world_size
+from rto_megatron.distributed.collectives import gather_objects
+from rto_megatron.distributed.optimizer import Trainable, optimizer_state
+from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.errors import CheckpointError
 
-FORMAT = 2
+FORMAT = 3
 TRACKER = "latest.txt"
+BEST = "best.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +44,14 @@ class Manifest:
     """Digest of tokenizer and chat template."""
     parents: dict[str, str] = field(default_factory=dict)
     """Role -> id of the checkpoint that it came from."""
+    data: dict[str, str] = field(default_factory=dict)
+    """Which data (`train`, `eval`) -> digest of the rows that were read, as token ids."""
+    config: str = ""
+    """The resolved config, as YAML."""
+    optimizers: tuple[str, ...] = ()
+    """Roles whose optimizer state is here too."""
+    progress: dict[str, float] = field(default_factory=dict)
+    """What else moves from step to step. Random streams do not: each is keyed by seed, purpose and step."""
     score_mean: float = 0.0
     """Of a reward model's raw scores: on its held-out rows, or its training rows where there are none."""
     score_std: float = 1.0
@@ -98,6 +103,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if hashlib.sha256(text).hexdigest() != _written_hashes(folder).get("checkpoint.json"):
         raise CheckpointError(_changed(folder / "checkpoint.json"))
     models = {role: _architecture(model) for role, model in raw.pop("models").items()}
+    raw["optimizers"] = tuple(raw["optimizers"])
     return Checkpoint(folder, Manifest(**raw, models=models), hashlib.sha256(integrity).hexdigest()[:16])
 
 
@@ -123,73 +129,6 @@ def _step_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: must be a run folder, but {root / TRACKER} cannot be read ({error})") from None
 
 
-def save_checkpoint(
-    run_dir: Path,
-    manifest: Manifest,
-    models: Mapping[str, MegatronModule],
-    save_tokenizer: Callable[[Path], None],
-) -> Path:
-    """Write all roles' weights as step `manifest.step` of a run, and name it as the newest.
-
-    Raises:
-        CheckpointError: some rank could not write; the tracker still names the step before.
-    """
-    root = run_dir / "checkpoints"
-    draft = root / f"step_{manifest.step:08d}.tmp"
-    with _all_or_none(draft):
-        if is_main():
-            shutil.rmtree(draft, ignore_errors=True)
-            for role in models:
-                (draft / role).mkdir(parents=True)
-            save_tokenizer(draft / "tokenizer")
-            text = json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1)
-            (draft / "checkpoint.json").write_text(text)
-    for role, model in models.items():
-        with _all_or_none(draft):
-            dist_checkpointing.save(_weights(model), str(draft / role))
-    with _all_or_none(draft):
-        files = _hash_files(draft)
-        if is_main():
-            (draft / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1))
-            _sync_tree(draft)
-            final = _free_name(root, manifest.step)
-            draft.rename(final)
-            _replace(root / TRACKER, final.name + "\n")
-            for older in root.glob(f"step_{manifest.step:08d}*"):
-                if older != final:
-                    shutil.rmtree(older)
-    return _step_folder(run_dir)
-
-
-def _free_name(root: Path, step: int) -> Path:
-    """A folder for this step that is not there yet: the one that the tracker names stays until the new one is named."""
-    path, tries = root / f"step_{step:08d}", itertools.count(1)
-    while path.exists():
-        path = root / f"step_{step:08d}.{next(tries)}"
-    return path
-
-
-@contextlib.contextmanager
-def _all_or_none(draft: Path) -> Any:
-    """Let all ranks go on, or all fail with the first rank's reason and the draft removed."""
-    reason = None
-    try:
-        yield
-    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
-        # megatron-core's messages hold whole tracebacks, whose last line says what happened
-        lines = [line.strip() for line in str(error).splitlines() if line.strip(" )")]
-        reason = f"rank {rank()}: {type(error).__name__}: {lines[-1] if lines else 'without a message'}"
-        with contextlib.suppress(OSError):  # torch does not say that the disk is full
-            reason += f"; {shutil.disk_usage(draft.parent).free >> 20} MiB are free there"
-    reasons = [r for r in gather_objects(reason) if r]
-    if reasons:
-        if is_main():
-            shutil.rmtree(draft, ignore_errors=True)
-        raise CheckpointError(
-            f"{draft}: the checkpoint could not be written, the one before is untouched ({reasons[0]})"
-        )
-
-
 def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> None:
     """Fill a model from a checkpoint written in any layout; hashes are checked first.
 
@@ -202,8 +141,8 @@ def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> No
     Raises:
         CheckpointError: a file is missing or changed, or the weights do not fit the model.
     """
-    _verify(checkpoint)
-    folder, state = str(checkpoint.folder / role), _weights(model)
+    verify(checkpoint, role)
+    folder, state = str(checkpoint.folder / role), weights_of(model)
     stored = set(dist_checkpointing.load_tensors_metadata(folder))
     if "value_head.weight" not in stored:
         state = {name: value for name, value in state.items() if not value.key.startswith("value_head.")}
@@ -218,20 +157,46 @@ def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> No
     model.load_state_dict(loaded, strict=False)
 
 
-def _weights(model: MegatronModule) -> dict[str, Any]:
+def weights_of(model: MegatronModule) -> dict[str, Any]:
     """The model's sharded weights; extra state is Transformer Engine's alone and would tie a checkpoint to it."""
     return {name: value for name, value in model.sharded_state_dict().items() if "_extra_state" not in name}
 
 
-def _verify(checkpoint: Checkpoint) -> None:
-    """Compare all files with their hashes: loading writes into live weights, so it must not fail half-way."""
-    have = _hash_files(checkpoint.folder)
-    for name, digest in sorted(_written_hashes(checkpoint.folder).items()):
+def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> None:
+    """Take up the optimizer state of a role, written in any layout; hashes are checked first.
+
+    Raises:
+        CheckpointError: the checkpoint lacks it, it is damaged, or it is of another kind of optimizer or model.
+    """
+    if role not in checkpoint.manifest.optimizers:
+        raise CheckpointError(
+            f"{checkpoint.folder}: holds no optimizer state of the {role}: it was saved at the end of a run with "
+            "checkpoint.optimizer_at_end false. Set checkpoint.resume to weights to go on with fresh optimizers"
+        )
+    verify(checkpoint, f"{role}_optimizer")
+    folder = str(checkpoint.folder / f"{role}_optimizer")
+    state = optimizer_state(trainable, loading=True)
+    try:
+        loaded: Any = dist_checkpointing.load({"optimizer": state}, folder, strict="raise_all")
+        trainable.optimizer.load_state_dict(loaded["optimizer"])
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: cannot be loaded into this optimizer ({error})") from None
+
+
+def verify(checkpoint: Checkpoint, part: str) -> None:
+    """Compare the files of a folder of the checkpoint, and those beside it, with their hashes; on all ranks.
+
+    Before anything is loaded: loading writes into live weights, so it must not fail half-way.
+    """
+    written = _written_hashes(checkpoint.folder)
+    names = [name for name in sorted(written) if name.split("/")[0] in (part, "tokenizer", name)]
+    have = hash_files(checkpoint.folder, names)
+    for name in names:
         if name not in have:
             raise CheckpointError(
                 f"{checkpoint.folder / name}: is missing; the checkpoint is damaged, restore it or train again"
             )
-        if have[name] != digest:
+        if have[name] != written[name]:
             raise CheckpointError(_changed(checkpoint.folder / name))
 
 
@@ -248,33 +213,13 @@ def _written_hashes(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged, restore it or train again") from None
 
 
-def _hash_files(folder: Path) -> dict[str, str]:
-    """Relative name -> sha256 of every file but the hashes; each rank reads its share of the files."""
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != "integrity.json")
-    names = broadcast_object(names)
-    mine = {}
-    for name in names[rank() :: world_size()]:
-        with open(folder / name, "rb") as file:
-            mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+def hash_files(folder: Path, names: list[str]) -> dict[str, str]:
+    """Relative name -> sha256, of those that exist; each rank reads its share of the files."""
+    mine = {name: file_hash(folder / name) for name in names[rank() :: world_size()] if (folder / name).is_file()}
     return {name: digest for part in gather_objects(mine) for name, digest in part.items()}
 
 
-def _sync_tree(folder: Path) -> None:
-    """Force all files below `folder`, and the folders that name them, to disk."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old text or the new one."""
-    draft = path.with_name(path.name + ".tmp")
-    with open(draft, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+def file_hash(path: Path) -> str:
+    """sha256 of a file, as hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,11 +4,9 @@ Where a name is torch's and everybody's, its stand-in is either for a call that 
 Megatron alone: other code in the process keeps torch as it knows it.
 """
 
-import ctypes
 import functools
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from multiprocessing.managers import SyncManager
@@ -17,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from rto_megatron.distributed.children import belong_to
 
 CPU = torch.device("cpu")
 
@@ -125,14 +125,5 @@ def contiguous_only(collective: Callable[..., Any]) -> Callable[..., Any]:
 def forked_results_queue() -> Any:
     """The queue by which a checkpoint's writers report. Megatron spawns its process because CUDA forbids forking."""
     manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(_die_with, (os.getpid(),))
+    manager.start(belong_to, (os.getpid(),))
     return manager.Queue()
-
-
-def _die_with(parent: int) -> None:
-    """Have Linux end this process with the rank that forked it, which may be killed before it can say goodbye."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-        if os.getppid() != parent:  # it was killed before the line above
-            os._exit(1)

@@ -94,6 +94,18 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
     return Trainable(name, model, ddp, optimizer)
 
 
+def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str, Any]:
+    """The optimizer's state as megatron-core's checkpoints take it: any layout can read what another has written.
+
+    Args:
+        loading: it is to be read into, so it need not hold what the optimizer knows now.
+    """
+    # Megatron's default kind of sharding is broken in 0.16 and 0.19; the fast `dp_reshardable` keeps TP and PP fixed
+    kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    weights = trainable.model.sharded_state_dict()
+    return trainable.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=kind)
+
+
 def _finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron's reductions without its division: our losses are divided by their count beforehand."""
     finalize_model_grads(model, None, **kwargs)

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rto_megatron.config.run import ConvertRun
 from rto_megatron.data.tokenizer import check_vocabulary, load_tokenizer
-from rto_megatron.distributed.checkpoint import TRACKER, Manifest, open_checkpoint, save_checkpoint
+from rto_megatron.distributed.checkpoint import TRACKER, Manifest, open_checkpoint
 from rto_megatron.distributed.collectives import barrier
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
+from rto_megatron.distributed.save import save_checkpoint
 from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import build_model

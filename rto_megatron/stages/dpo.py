@@ -13,12 +13,13 @@ from rto_megatron.config.run import DPORun
 from rto_megatron.data.collate import collate_preferences
 from rto_megatron.data.readers import PreferenceRow, read_preferences
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
@@ -32,29 +33,35 @@ def run(config: DPORun, runtime: Runtime) -> None:
     """Train the DPO policy from the SFT run, which is its reference."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
+    own = find_own(config, "dpo")
     model, parent = load_role(
         config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
     )
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("policy")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
     steps = num_steps(len(rows), config)
+    manifest = Manifest(
+        stage="dpo",
+        step=steps,
+        models={"policy": architecture},
+        tokenizer=parent.manifest.tokenizer,
+        parents={"reference": parent.id},
+        data=digests(rows, held_out),
+    )
+    check_unchanged(own, manifest)
+    if is_finished(own, steps):
+        return
 
-    with open_run(config, "dpo", mesh, size_table(config, len(rows), len(held_out), mesh.data.size)) as running:
+    sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
+    with open_run(config, "dpo", mesh, sizes, own=own) as running:
         running.console.say(about_rows)
         # the policy has not moved yet, so it is the reference: no second model is needed
         scored = with_reference(model, rows, config, tokenizer, mesh)
         scored_held_out = with_reference(model, held_out, config, tokenizer, mesh)
         policy = make_trainable("policy", model, config.optimizer, mesh)
-        fit(policy, make_task(config, tokenizer, mesh), scored, scored_held_out, config, mesh, running)
-        manifest = Manifest(
-            stage="dpo",
-            step=steps,
-            models={"policy": architecture},
-            tokenizer=parent.manifest.tokenizer,
-            parents={"reference": parent.id},
-        )
-        folder = save_checkpoint(config.run_dir, manifest, {"policy": model}, tokenizer.save)
-        running.console.say(f"checkpoint: {folder}")
+        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, steps)
+        task = make_task(config, tokenizer, mesh)
+        fit(policy, task, scored, scored_held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 
 
 def with_reference(

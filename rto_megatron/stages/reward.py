@@ -1,5 +1,6 @@
 """The sentence reward model: a score for a whole response, learned from pairs."""
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -11,12 +12,13 @@ from rto_megatron.config.run import RewardRun
 from rto_megatron.data.collate import collate_preferences
 from rto_megatron.data.readers import PreferenceRow, read_preferences
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, head_outputs
 from rto_megatron.models.heads import ScalarModel
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
@@ -27,6 +29,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
     """Train a scalar head and its backbone; store mean and std of the scores with the weights."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
+    own = find_own(config, "reward")
     model, parent = load_role(
         config.start,
         "value",
@@ -39,23 +42,31 @@ def run(config: RewardRun, runtime: Runtime) -> None:
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("value")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
     steps = num_steps(len(rows), config)
+    manifest = Manifest(
+        stage="reward",
+        step=steps,
+        models={"value": architecture},
+        tokenizer=parent.manifest.tokenizer,
+        parents={"start": parent.id},
+        data=digests(rows, held_out),
+    )
+    check_unchanged(own, manifest)
+    if is_finished(own, steps):
+        return
 
-    with open_run(config, "reward", mesh, size_table(config, len(rows), len(held_out), mesh.data.size)) as running:
+    sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
+    with open_run(config, "reward", mesh, sizes, own=own) as running:
         running.console.say(about_rows)
         trainable = make_trainable("reward model", model, config.optimizer, mesh)
-        fit(trainable, make_task(config, tokenizer, mesh), rows, held_out, config, mesh, running)
-        mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)
-        manifest = Manifest(
-            stage="reward",
-            step=steps,
-            models={"value": architecture},
-            tokenizer=parent.manifest.tokenizer,
-            parents={"start": parent.id},
-            score_mean=mean,
-            score_std=std,
-        )
-        folder = save_checkpoint(config.run_dir, manifest, {"value": model}, tokenizer.save)
-        running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}; checkpoint: {folder}")
+
+        def with_moments() -> Manifest:
+            mean, std = score_moments(model, held_out or rows, config, tokenizer, mesh)
+            running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}")
+            return replace(manifest, score_mean=mean, score_std=std)
+
+        checkpoints = Checkpoints(config, {"value": trainable}, with_moments, tokenizer, steps)
+        task = make_task(config, tokenizer, mesh)
+        fit(trainable, task, rows, held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 
 
 def score_moments(

@@ -10,8 +10,9 @@ from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.data.collate import prompt_batch
 from rto_megatron.data.readers import Dropped, PromptRow, read_prompts
 from rto_megatron.data.sampler import batch_rows, shard
-from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.rows import gather_rows
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.errors import DataError
@@ -20,6 +21,7 @@ from rto_megatron.rollout.experience import Credit, make_experience, sentence_en
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.held_out import HeldOut
+from rto_megatron.stages.resume import Checkpoints, Progress, check_unchanged, digests, find_own, is_finished
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock, open_run
 from rto_megatron.stages.update import plan_updates, update
@@ -65,34 +67,44 @@ class Step:
 
 def run(config: RTORun, runtime: Runtime) -> None:
     """Sample, give every token its reward, and update policy and critic, `num_steps` times."""
-    setup, dropped = prepare(config, runtime)
-    actors, kl_coef = setup.actors, config.rto.kl_coef
-    held_out = HeldOut.of_run(config, actors.tokenizer, setup.mesh)
     name = stage_of(config)
-    with open_run(config, name, setup.mesh, size_table(config, len(setup.prompts), setup.mesh.data.size)) as running:
+    own = find_own(config, name)
+    if is_finished(own, config.num_steps):
+        return
+    setup, dropped = prepare(config, runtime)
+    actors, held_out = setup.actors, HeldOut.of_run(config, setup.actors.tokenizer, setup.mesh)
+    manifest = _manifest(config, setup, held_out)
+    check_unchanged(own, manifest)
+    sizes = size_table(config, len(setup.prompts), setup.mesh.data.size)
+    with open_run(config, name, setup.mesh, sizes, own=own) as running:
         running.console.say(f"prompts: {dropped}")
-        clock = Clock()
-        with running.console.progress(name, total=config.num_steps) as progress:
-            for step in range(config.num_steps):
-                evaluation = held_out.measure(actors, step=step, clock=clock)
-                done = take_step(setup, config, step=step, kl_coef=kl_coef, clock=clock)
+        checkpoints = Checkpoints(
+            config, _trained(actors), lambda: manifest, actors.tokenizer, config.num_steps, higher_is_better=True
+        )
+        at, clock = checkpoints.take_up(own, Progress(kl_coef=config.rto.kl_coef)), Clock()
+        with running.console.progress(name, total=config.num_steps, start=at.step) as shown:
+            while True:
+                extra = held_out.measure(actors, step=at.step, clock=clock)
+                with clock.phase("save"):
+                    extra |= checkpoints.after(at, held_out=extra.get("eval/score"))
+                if at.step == config.num_steps:
+                    break
+                done = take_step(setup, config, step=at.step, kl_coef=at.kl_coef, clock=clock)
                 numbers = step_metrics(done.rollout, done.signals, done.experience, done.credit, config.rto)
                 seconds = clock.take()
-                numbers |= done.losses | speed_metrics(done.rollout, seconds) | seconds | {"kl/coef": kl_coef}
-                running.log.write(step, evaluation | numbers)
-                progress.done(step, {label: numbers[metric] for label, metric in SHOWN.items()})
-                kl_coef = adapt_kl_coef(
-                    kl_coef,
+                numbers |= done.losses | speed_metrics(done.rollout, seconds) | seconds | {"kl/coef": at.kl_coef}
+                running.log.write(at.step, extra | numbers)
+                shown.done(at.step, {label: numbers[metric] for label, metric in SHOWN.items()})
+                at.kl_coef = adapt_kl_coef(
+                    at.kl_coef,
                     observed_kl=numbers["kl/sequence"],
                     target=config.rto.kl_target,
                     horizon=config.rto.kl_horizon,
                     num_samples=len(done.rollout),
                 )
-        evaluation = held_out.measure(actors, step=config.num_steps, clock=clock)
-        with clock.phase("save"):
-            folder = save_checkpoint(config.run_dir, _manifest(config, actors), _models(actors), actors.tokenizer.save)
-        running.log.write(config.num_steps, evaluation | clock.take())
-        running.console.say(f"checkpoint: {folder}")
+                at.step += 1
+        running.log.write(config.num_steps, extra | clock.take())
+        running.console.say(f"checkpoint: {checkpoints.last_folder}")
 
 
 def prepare(config: RTORun, runtime: Runtime) -> tuple[Setup, Dropped]:
@@ -177,19 +189,21 @@ def size_table(config: RTORun, num_prompts: int, num_data: int) -> list[tuple[st
     ]
 
 
-def _models(actors: Actors) -> dict:
-    models = {"policy": actors.policy.model}
-    return models | {"critic": actors.critic.model} if actors.critic else models
+def _trained(actors: Actors) -> dict[str, Trainable]:
+    trained: dict[str, Trainable] = {"policy": actors.policy}
+    return trained | {"critic": actors.critic} if actors.critic else trained
 
 
-def _manifest(config: RTORun, actors: Actors) -> Manifest:
-    models = {"policy": actors.parents["policy"].manifest.architecture_for("policy")}
-    if actors.critic:
-        models["critic"] = actors.parents["critic"].manifest.architecture_for("value")
+def _manifest(config: RTORun, setup: Setup, held_out: HeldOut) -> Manifest:
+    parents = setup.actors.parents
+    models = {"policy": parents["policy"].manifest.architecture_for("policy")}
+    if setup.actors.critic:
+        models["critic"] = parents["critic"].manifest.architecture_for("value")
     return Manifest(
         stage=stage_of(config),
         step=config.num_steps,
         models=models,
-        tokenizer=actors.parents["policy"].manifest.tokenizer,
-        parents={role: parent.id for role, parent in actors.parents.items()},
+        tokenizer=parents["policy"].manifest.tokenizer,
+        parents={role: parent.id for role, parent in parents.items()},
+        data=digests(setup.prompts, held_out.prompts),
     )

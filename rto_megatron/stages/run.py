@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.load import dump_run
+from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import broadcast_object
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import is_main, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console, TensorBoardLog
+from rto_megatron.stages.resume import listening_for_stop
 
 
 @dataclass
@@ -57,25 +59,31 @@ def writing(name: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def open_run(config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, object]]) -> Iterator[Run]:
+def open_run(
+    config: Any, stage: str, mesh: Mesh, sizes: Sequence[tuple[str, object]], *, own: Checkpoint | None = None
+) -> Iterator[Run]:
     """Make the run folder, write the resolved config into it, print what was derived, and open the log.
 
     Args:
         sizes: rows of the start table: name and value.
+        own: the checkpoint that an earlier start of this run has left, if it goes on from there.
     """
-    folder, console = config.run_dir, Console(is_main())
-    log = _open_log(folder, dump_run(config))
+    folder, console, start = config.run_dir, Console(is_main()), own.manifest.step if own else 0
+    log = _open_log(folder, dump_run(config), start)
     layout = f"tensor {mesh.tensor.size} x pipeline {mesh.pipeline.size} x data {mesh.data.size}"
     layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
     where = f"{world_size()} x {mesh.runtime.device.type}, {config.compute.dtype}, {layers} layers"
     console.table(f"{stage}: {folder}", ("size", "value"), [("ranks", where), ("layout", layout), *sizes])
+    if own:
+        console.say(f"going on after step {start}: {own.folder}")
     try:
-        yield Run(folder, log, console)
+        with listening_for_stop():
+            yield Run(folder, log, console)
     finally:
         log.close()
 
 
-def _open_log(folder: Path, config_text: str) -> TensorBoardLog:
+def _open_log(folder: Path, config_text: str, start: int) -> TensorBoardLog:
     """Make the folder; where the main rank cannot, all ranks stop with its reason."""
     log, problem = TensorBoardLog(folder / "tensorboard", enabled=False), None
     if is_main():
@@ -83,7 +91,7 @@ def _open_log(folder: Path, config_text: str) -> TensorBoardLog:
             with writing("run_dir", folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / "run.yaml").write_text(config_text)
-            log = TensorBoardLog(folder / "tensorboard", enabled=True)
+            log = TensorBoardLog(folder / "tensorboard", enabled=True, start=start)
         except UserError as error:
             problem = str(error)
     problem = broadcast_object(problem)

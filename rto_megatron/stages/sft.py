@@ -13,13 +13,14 @@ from rto_megatron.config.run import SFTRun
 from rto_megatron.data.collate import collate_sft
 from rto_megatron.data.readers import read_sft
 from rto_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from rto_megatron.distributed.checkpoint import Checkpoint, Manifest, save_checkpoint
+from rto_megatron.distributed.checkpoint import Checkpoint, Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
 from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.rules import architecture_rules, check_run
 from rto_megatron.stages.run import open_run
@@ -30,23 +31,29 @@ def run(config: SFTRun, runtime: Runtime) -> None:
     """Train a policy from scratch, or from another run, on (prompt, response) rows."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
+    own = find_own(config, "sft")
     model, tokenizer, architecture, parent = _start(config, mesh)
     rows, held_out, about_rows = read_rows(read_sft, config, tokenizer)
     steps = num_steps(len(rows), config)
+    manifest = Manifest(
+        stage="sft",
+        step=steps,
+        models={"policy": architecture},
+        tokenizer=tokenizer.digest(),
+        parents={"start": parent.id} if parent else {},
+        data=digests(rows, held_out),
+    )
+    check_unchanged(own, manifest)
+    if is_finished(own, steps):
+        return
 
-    with open_run(config, "sft", mesh, size_table(config, len(rows), len(held_out), mesh.data.size)) as running:
+    sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
+    with open_run(config, "sft", mesh, sizes, own=own) as running:
         running.console.say(about_rows)
         policy = make_trainable("policy", model, config.optimizer, mesh)
-        fit(policy, make_task(tokenizer, mesh), rows, held_out, config, mesh, running)
-        manifest = Manifest(
-            stage="sft",
-            step=steps,
-            models={"policy": architecture},
-            tokenizer=tokenizer.digest(),
-            parents={"start": parent.id} if parent else {},
-        )
-        folder = save_checkpoint(config.run_dir, manifest, {"policy": model}, tokenizer.save)
-        running.console.say(f"checkpoint: {folder}")
+        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, steps)
+        task = make_task(tokenizer, mesh)
+        fit(policy, task, rows, held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 
 
 def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, ModelConfig, Checkpoint | None]:

@@ -12,12 +12,14 @@ from rto_megatron.config.run import DPORun, RewardRun, SFTRun
 from rto_megatron.data.readers import Dropped
 from rto_megatron.data.sampler import batch_rows, shard
 from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.rows import share_of
 from rto_megatron.distributed.step import Forward, Loss, score, train_step
 from rto_megatron.errors import DataError
+from rto_megatron.stages.resume import Checkpoints, Progress
 from rto_megatron.stages.run import Clock, Run, with_prefix
 
 Row = TypeVar("Row")
@@ -95,12 +97,20 @@ def fit(
     config: SupervisedRun,
     mesh: Mesh,
     run: Run,
+    *,
+    checkpoints: Checkpoints,
+    own: Checkpoint | None,
 ) -> None:
-    """Train on `rows`, evaluate now and then, and say how the last evaluation went."""
-    total, clock, held_out = num_steps(len(rows), config), Clock(), {}
+    """Train on `rows`, evaluate and save now and then, and say how the last evaluation went.
+
+    Args:
+        own: the run's own checkpoint to go on from, if there is one.
+    """
+    total, held_out, extra = checkpoints.num_steps, {}, {}
+    at, clock = checkpoints.take_up(own, Progress()), Clock()
     warmup = math.ceil(config.optimizer.warmup_frac * total)
-    with run.console.progress(task.group, total=total) as progress:
-        for step in range(total):
+    with run.console.progress(task.group, total=total, start=at.step) as progress:
+        for step in range(at.step, total):
             picked = batch_rows(len(rows), config.train.batch_size, seed=config.seed, step=step)
             batch = task.collate([rows[i] for i in picked])
             lr = cosine_with_min_lr(
@@ -124,19 +134,26 @@ def fit(
                 )
             numbers = task.summarise(result.sums)
             last = step + 1 == total
-            if eval_rows and (last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0)):
+            due = eval_rows and (last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0))
+            if due:
                 with clock.phase("evaluate"):
                     held_out = evaluate(trainable, task, eval_rows, config, mesh)
             seconds = clock.take()
             run.log.write(
                 step,
                 with_prefix(f"{task.group}/", numbers)
-                | (with_prefix(f"{task.group}/eval_", held_out) if "time/evaluate_seconds" in seconds else {})
+                | (with_prefix(f"{task.group}/eval_", held_out) if due else {})
                 | {"optimizer/grad_norm": result.grad_norm, "optimizer/learning_rate": lr}
                 | {"speed/tokens_per_second": int(batch.num_tokens.sum()) / seconds["time/step_seconds"]}
-                | seconds,
+                | seconds
+                | extra,
             )
             progress.done(step, numbers)
+            at.step = step + 1
+            with clock.phase("save"):
+                extra = checkpoints.after(at, held_out=held_out["loss"] if due else None)
+    run.log.write(total, extra | clock.take())
+    run.console.say(f"checkpoint: {checkpoints.last_folder}")
     if held_out:
         run.console.say(f"held out: {'  '.join(f'{name} {value:.4g}' for name, value in held_out.items())}")
 

@@ -118,9 +118,9 @@ def test_a_hugging_face_folder_is_told_from_a_run(tmp_path):
 def save_again(run):
     """Save the weights of a run over themselves."""
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-    from rto_megatron.distributed.checkpoint import save_checkpoint
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.distributed.save import save_checkpoint
     from rto_megatron.stages.roles import load_role, tokenizer_of
 
     mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)
@@ -138,9 +138,9 @@ def test_a_step_that_is_saved_again_takes_another_name_before_the_old_one_goes(c
 def fail_to_save(chain, run):
     """Save over a run while one rank cannot write its tokenizer; what the user is told."""
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-    from rto_megatron.distributed.checkpoint import save_checkpoint
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.distributed.save import save_checkpoint
     from rto_megatron.stages.roles import load_role
 
     mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)

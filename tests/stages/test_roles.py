@@ -15,9 +15,10 @@ from tests.stages.chain import run_stage, sft_from
 def critic_of_a_run(chain, folder):
     """Save the reward model as the critic of a run, load a value model from it; both heads and the policy's."""
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-    from rto_megatron.distributed.checkpoint import Manifest, save_checkpoint
+    from rto_megatron.distributed.checkpoint import Manifest
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.distributed.save import save_checkpoint
     from rto_megatron.stages.roles import load_role, tokenizer_of
 
     mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)

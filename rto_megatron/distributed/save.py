@@ -1,0 +1,296 @@
+"""Checkpoints written in the background: beside, hashed, synced, renamed, and named by the tracker last.
+
+    start   all ranks plan, and each forks a process that holds a snapshot of what it has to write
+    ...     training goes on; the process writes, syncs and hashes its files
+    poll    when all ranks' processes have ended well: hashes, rename, tracker, and what is too old is deleted
+
+A step's name, its hashes and the tracker are written when all ranks have written their part. So whatever is killed or
+fails at whatever moment, the tracker names a complete checkpoint.
+"""
+
+import contextlib
+import gc
+import inspect
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.transformer.module import MegatronModule
+from torch.distributed.checkpoint.api import CheckpointException
+
+from rto_megatron.config.checkpoint import CheckpointConfig
+from rto_megatron.distributed.checkpoint import BEST, FORMAT, TRACKER, Manifest, file_hash, weights_of
+from rto_megatron.distributed.children import belong_to, die_of_a_killed_child
+from rto_megatron.distributed.collectives import broadcast_object, gather_objects
+from rto_megatron.distributed.optimizer import Trainable, optimizer_state
+from rto_megatron.distributed.runtime import is_main, rank
+from rto_megatron.errors import CheckpointError
+
+DRAFT = ".tmp"
+"""What the names of folders end with that are not, or no longer, checkpoints."""
+
+RESERVE, RESERVE_BYTES = "reserve", 8 << 20
+"""Room that is kept while the large files are written: the small ones are written by one rank while others wait."""
+
+
+HASHES = "hashes-of-rank-"
+"""Beginning of the names of files by which the writers say that they are done."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is complete and named."""
+
+    folder: Path
+    seconds: float
+    """From the start of the save to its name in the tracker."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A save that was started."""
+
+    manifest: Manifest
+    draft: Path
+    is_best: bool
+    started: float
+    requests: list[Any]
+    """Megatron's, in the order in which their files are written."""
+    writer: BaseProcess
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time. Every method is called by all ranks.
+
+    Raises:
+        CheckpointError: from any method: some rank could not write. The tracker still names the checkpoint before.
+    """
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig, save_tokenizer: Callable[[Path], None]) -> None:
+        """Begin with a run folder; what an earlier, killed save left in it is deleted."""
+        self.root, self.config, self.save_tokenizer = run_dir / "checkpoints", config, save_tokenizer
+        self.last: Saved | None = None
+        """The newest that is complete."""
+        self._under_way: _UnderWay | None = None
+        if is_main():
+            for leftover in self.root.glob(f"*{DRAFT}"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def start(
+        self,
+        manifest: Manifest,
+        models: Mapping[str, MegatronModule],
+        trained: Mapping[str, Trainable],
+        *,
+        is_best: bool = False,
+    ) -> None:
+        """Take a snapshot and write it, in the background if the config says so; one under way is waited for.
+
+        Args:
+            models: role -> model whose weights are saved.
+            trained: role -> what holds the optimizer state to save.
+            is_best: none before it did as well: it stays until a better one comes.
+        """
+        self.wait()
+        started = time.perf_counter()
+        # a name of its own: processes of a killed run may still be writing into theirs
+        draft = self.root / broadcast_object(f"step_{manifest.step:08d}.{time.time_ns()}{DRAFT}")
+        with _all_or_none(draft):
+            if is_main():
+                self._write_small_files(draft, manifest, [*models, *(f"{role}_optimizer" for role in trained)])
+        with _all_or_none(draft):
+            requests = [_plan(weights_of(model), draft / role) for role, model in models.items()]
+            requests += [
+                _plan({"optimizer": optimizer_state(trainable)}, draft / f"{role}_optimizer")
+                for role, trainable in trained.items()
+            ]
+            writer = multiprocessing.get_context("fork").Process(
+                target=_write, args=(requests, [_on_host(request) for request in requests], draft, rank(), os.getpid())
+            )
+            writer.start()
+        self._under_way = _UnderWay(manifest, draft, is_best, started, requests, writer)
+        if not self.config.background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Complete the save under way if all its bytes are written; costs nothing where there is none."""
+        if self._under_way is not None and not any(gather_objects(self._under_way.writer.is_alive())):
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way and complete it."""
+        if self._under_way is None:
+            return
+        done, self._under_way = self._under_way, None
+        with _all_or_none(done.draft):
+            done.writer.join()
+            if done.writer.exitcode:
+                raise OSError(f"the process that writes its files ended with exit code {done.writer.exitcode}")
+            if is_main():
+                (done.draft / RESERVE).unlink()
+        with _all_or_none(done.draft):
+            for request in done.requests:
+                for finalize in request.finalize_fns:
+                    finalize()
+        saved = None
+        with _all_or_none(done.draft):
+            if is_main():
+                num_bytes = _complete(done.draft)
+                folder = self._name(done)
+                saved = Saved(folder, time.perf_counter() - done.started, num_bytes)
+        self.last = broadcast_object(saved)
+
+    def _write_small_files(self, draft: Path, manifest: Manifest, folders: list[str]) -> None:
+        for folder in folders:
+            (draft / folder).mkdir(parents=True)
+        (draft / RESERVE).write_bytes(bytes(RESERVE_BYTES))
+        self.save_tokenizer(draft / "tokenizer")
+        (draft / "checkpoint.json").write_text(json.dumps({"format": FORMAT, **asdict(manifest)}, indent=1))
+
+    def _name(self, done: _UnderWay) -> Path:
+        """Give a complete draft its name, have the trackers name it, and delete what need not stay."""
+        folder = _free_name(self.root, done.manifest.step)
+        done.draft.rename(folder)
+        _replace(self.root / TRACKER, folder.name + "\n")
+        if done.is_best:
+            _replace(self.root / BEST, folder.name + "\n")
+        older = sorted(self.root.glob("step_" + "[0-9]" * 8 + "*"), key=_age)
+        older = [path for path in older if path != folder and not path.name.endswith(DRAFT)]
+        steps = {path: path.name.partition(".")[0] for path in [*older, folder]}
+        kept = {steps[path] for path in [*older, folder][-self.config.keep_last :]} if self.config.keep_last else None
+        best = (self.root / BEST).read_text().strip() if self.config.keep_best and (self.root / BEST).exists() else ""
+        for path in older:
+            if steps[path] == steps[folder] or (kept is not None and steps[path] not in kept and path.name != best):
+                # by another name first: a folder that is half deleted must not look like a checkpoint
+                doomed = path.rename(path.with_name(path.name + DRAFT))
+                shutil.rmtree(doomed, ignore_errors=True)
+        return folder
+
+
+def save_checkpoint(
+    run_dir: Path, manifest: Manifest, models: Mapping[str, MegatronModule], save_tokenizer: Callable[[Path], None]
+) -> Path:
+    """Write all roles' weights as step `manifest.step` of a run, and name it as the newest; for a run that ends here.
+
+    Raises:
+        CheckpointError: some rank could not write; the tracker still names the step before.
+    """
+    saver = Saver(run_dir, CheckpointConfig(background=False), save_tokenizer)
+    saver.start(manifest, models, {})
+    assert saver.last is not None  # not in the background
+    return saver.last.folder
+
+
+def _plan(state: dict[str, Any], folder: Path) -> Any:
+    """Megatron's request to write a state: all ranks agree who writes what, nothing is written yet."""
+    # 0.19 would take another library's writer
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    strategy = {"async_strategy": "mcore"} if takes_strategy else {}
+    return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **strategy)
+
+
+def _on_host(request: Any) -> list[Any]:
+    """The arguments of a request's writer, with tensors in host memory."""
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    return arguments
+
+
+def _write(requests: list[Any], arguments: list[list[Any]], draft: Path, rank: int, parent: int) -> None:
+    """Write this rank's files and, when all are on disk, their hashes; runs in a process of its own."""
+    belong_to(parent)
+    die_of_a_killed_child()
+    gc.disable()  # collecting what the parent had on a GPU would ask CUDA, which does not survive a fork
+    for request, held in zip(requests, arguments, strict=True):
+        if request.async_fn is not None:  # nothing of it is this rank's
+            request.async_fn(*held, **request.async_fn_kwargs)
+    files = {str(path.relative_to(draft)): file_hash(path) for path in draft.glob(f"*/__{rank}_*.distcp")}
+    (draft / f"{HASHES}{rank}").write_text(json.dumps(files))
+
+
+def _complete(draft: Path) -> int:
+    """Put all hashes into one file and everything to disk; the number of bytes."""
+    files: dict[str, str] = {}
+    for part in draft.glob(f"{HASHES}*"):
+        files |= json.loads(part.read_text())
+        part.unlink()
+    paths = [path for path in draft.rglob("*") if path.is_file()]
+    for path in paths:
+        name = str(path.relative_to(draft))
+        if name not in files:
+            files[name] = file_hash(path)
+    (draft / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1))
+    for path in [*draft.rglob("*"), draft]:
+        _sync(path)
+    return sum(path.stat().st_size for path in paths)
+
+
+def _age(path: Path) -> tuple[int, int]:
+    """Step, and how often the step had been saved before."""
+    step, _, times = path.name.removeprefix("step_").partition(".")
+    return int(step), int(times) if times.isdigit() else 0
+
+
+def _free_name(root: Path, step: int) -> Path:
+    """A folder for this step that is not there yet: the one that the tracker names stays until the new one is named."""
+    path, tries = root / f"step_{step:08d}", itertools.count(1)
+    while path.exists():
+        path = root / f"step_{step:08d}.{next(tries)}"
+    return path
+
+
+@contextlib.contextmanager
+def _all_or_none(draft: Path) -> Iterator[None]:
+    """Let all ranks go on, or all fail with the first rank's reason and the draft removed."""
+    reason = None
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # CheckpointException is a BaseException
+        # megatron-core's messages hold whole tracebacks, whose last line says what happened
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" )")]
+        reason = f"rank {rank()}: {type(error).__name__}: {lines[-1] if lines else 'without a message'}"
+        with contextlib.suppress(OSError):  # torch does not say that the disk is full
+            reason += f"; {shutil.disk_usage(draft.parent).free >> 20} MiB are free there"
+    reasons = [r for r in gather_objects(reason) if r]
+    if reasons:
+        _forget_reports()
+        if is_main():
+            shutil.rmtree(draft, ignore_errors=True)
+        raise CheckpointError(
+            f"{draft}: the checkpoint could not be written, the one before is untouched ({reasons[0]})"
+        )
+
+
+def _forget_reports() -> None:
+    """Empty Megatron's queue of writers' reports: the next save would take a failed one's for its own."""
+    reports = filesystem_async._get_write_results_queue()
+    while not reports.empty():
+        reports.get()
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old text or the new one."""
+    draft = path.with_name(path.name + DRAFT)
+    draft.write_text(text)
+    _sync(draft)
+    draft.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,282 @@
+"""A run that stops, by plan or by accident, and goes on where it stopped.
+
+Whatever is random is keyed by seed, purpose and step, and data order likewise. So a step count, the weights, the
+optimizers' states and `progress` are all that moves, and a run that takes them up ends with the bits of one that was
+never stopped: in float32, in the same layout.
+"""
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from rto_megatron.config.load import dump_run
+from rto_megatron.config.run import DPORun, RewardRun, RTORun, SFTRun
+from rto_megatron.data.readers import digest
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import (
+    TRACKER,
+    Checkpoint,
+    Manifest,
+    load_optimizer,
+    load_weights,
+    open_checkpoint,
+)
+from rto_megatron.distributed.collectives import gather_objects
+from rto_megatron.distributed.optimizer import Trainable
+from rto_megatron.distributed.runtime import is_main
+from rto_megatron.distributed.save import Saver
+from rto_megatron.errors import CheckpointError, ConfigError, StoppedToContinue
+from rto_megatron.metrics import Console
+
+TrainingRun = SFTRun | DPORun | RewardRun | RTORun
+
+FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every")
+"""Settings that a run may change on its way: where and how it is computed, not what."""
+
+COMPARED_BY_CONTENT = (
+    "start",
+    "policy",
+    "reference",
+    "dpo",
+    "reward_model",
+    "critic",
+    "data.train",
+    "data.eval",
+    "tokenizer.path",
+    "tokenizer.chat_template",
+)
+"""Paths: they may differ if what lies there is the same."""
+
+LENGTHS = ("num_steps", "train.num_epochs", "train.max_steps")
+"""A run may be made longer; its learning-rate schedule becomes that of the new length."""
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """What moves from step to step beside weights and optimizers."""
+
+    step: int = 0
+    """How many steps are done."""
+    kl_coef: float | None = None
+    """Of an adaptive KL controller; None where the stage has none."""
+    best: float | None = None
+    """The best held-out number at which a checkpoint was saved, with checkpoint.keep_best."""
+
+    def numbers(self) -> dict[str, float]:
+        """As a manifest holds them."""
+        return {name: value for name, value in (("kl_coef", self.kl_coef), ("best", self.best)) if value is not None}
+
+
+class Checkpoints:
+    """The checkpoints of a running stage: what to take up, when to save, whether to stop."""
+
+    def __init__(
+        self,
+        config: TrainingRun,
+        trained: Mapping[str, Trainable],
+        make_manifest: Callable[[], Manifest],
+        tokenizer: Tokenizer,
+        num_steps: int,
+        *,
+        higher_is_better: bool = False,
+    ) -> None:
+        """Begin.
+
+        Args:
+            trained: role -> model and optimizer.
+            make_manifest: what a checkpoint says of itself; step, config, optimizers and progress are filled in.
+            num_steps: of the whole run; the last one is saved in any case.
+            higher_is_better: of the held-out number by which the best checkpoint is kept.
+        """
+        self.config, self.trained, self.make_manifest = config, trained, make_manifest
+        self.num_steps, self.higher_is_better = num_steps, higher_is_better
+        self._saver = Saver(config.run_dir, config.checkpoint, tokenizer.save)
+        self._first_step, self._reported = 0, self._saver.last
+
+    def take_up(self, own: Checkpoint | None, progress: Progress) -> Progress:
+        """Load weights and optimizers of the run's own checkpoint, if there is one; where to go on.
+
+        Args:
+            progress: where a fresh run begins.
+
+        Raises:
+            CheckpointError: a piece of state is missing or damaged.
+        """
+        if own is None:
+            return progress
+        if missing := sorted(progress.numbers().keys() - own.manifest.progress.keys()):
+            raise CheckpointError(f"{own.folder}/checkpoint.json: lacks progress.{missing[0]}; train again")
+        for role, trainable in self.trained.items():
+            load_weights(trainable.model, own, role)
+            if self.config.checkpoint.resume == "all":
+                load_optimizer(trainable, own, role)
+            else:
+                trainable.optimizer.reload_model_params()
+        self._first_step = own.manifest.step
+        return Progress(step=own.manifest.step, **own.manifest.progress)
+
+    def after(self, progress: Progress, *, held_out: float | None = None) -> dict[str, float]:
+        """Save if it is time, once `progress.step` steps are done; the numbers of a save that was completed.
+
+        Args:
+            held_out: the number by which the best is kept, if it has just been measured.
+
+        Raises:
+            StoppedToContinue: the run was asked to stop; its state is saved.
+        """
+        if progress.step == self._first_step:
+            return {}
+        self._saver.poll()
+        every, last = self.config.checkpoint.save_every, progress.step == self.num_steps
+        stop = stop_requested() and not last
+        if last or stop or (every and progress.step % every == 0):
+            is_best = self._is_best(progress, held_out)
+            self._save(progress, is_best=is_best, optimizers=not last or self.config.checkpoint.optimizer_at_end)
+        if last or stop:
+            self._saver.wait()
+        if stop:
+            raise StoppedToContinue(
+                f"{self.config.run_dir}: asked to stop, saved after step {progress.step} of {self.num_steps}; "
+                "the same command goes on from there"
+            )
+        return self._report()
+
+    def _is_best(self, progress: Progress, held_out: float | None) -> bool:
+        if not self.config.checkpoint.keep_best or held_out is None:
+            return False
+        sign = 1 if self.higher_is_better else -1
+        is_best = progress.best is None or sign * held_out > sign * progress.best
+        if is_best:
+            progress.best = held_out
+        return is_best
+
+    def _save(self, progress: Progress, *, is_best: bool, optimizers: bool) -> None:
+        trained = self.trained if optimizers else {}
+        manifest = replace(
+            self.make_manifest(),
+            step=progress.step,
+            config=dump_run(self.config),
+            optimizers=tuple(trained),
+            progress=progress.numbers(),
+        )
+        models = {role: trainable.model for role, trainable in self.trained.items()}
+        self._saver.start(manifest, models, trained, is_best=is_best)
+
+    def _report(self) -> dict[str, float]:
+        saved = self._saver.last
+        if saved is None or saved is self._reported:
+            return {}
+        self._reported = saved
+        return {"checkpoint/write_seconds": saved.seconds, "checkpoint/bytes": saved.num_bytes}
+
+    @property
+    def last_folder(self) -> Path:
+        """Of the newest complete checkpoint, once there is one."""
+        assert self._saver.last is not None
+        return self._saver.last.folder
+
+
+def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
+    """The checkpoint that an earlier start of this run has left in its run folder.
+
+    Raises:
+        ConfigError: the folder holds another run: of another stage or with other settings.
+    """
+    if not (config.run_dir / "checkpoints" / TRACKER).exists():
+        return None
+    own = open_checkpoint(config.run_dir)
+    if own.manifest.stage != stage:
+        raise ConfigError(
+            f"run_dir {config.run_dir}: holds a run of the stage {own.manifest.stage}, this is {stage}; "
+            "set another run_dir, or remove the folder"
+        )
+    begun, now = (_flat(yaml.safe_load(text)) for text in (own.manifest.config, dump_run(config)))
+    for name in sorted(begun.keys() | now.keys()):
+        same = begun.get(name) == now.get(name) or name in (*COMPARED_BY_CONTENT, *LENGTHS) or name.startswith(FREE)
+        if not same:
+            raise ConfigError(
+                f"{name} is {_shown(now, name)}, but the run in {config.run_dir} began with {_shown(begun, name)}, "
+                "and a run goes on as it began; set it back, set another run_dir, or remove the folder"
+            )
+    return own
+
+
+def check_unchanged(own: Checkpoint | None, manifest: Manifest) -> None:
+    """Raise CheckpointError unless a run that goes on finds the data, tokenizer and parents that it began with."""
+    if own is None:
+        return
+    for kind, begun, now in (
+        ("data", own.manifest.data, manifest.data),
+        ("checkpoint", own.manifest.parents, manifest.parents),
+        ("tokenizer", {"tokenizer": own.manifest.tokenizer}, {"tokenizer": manifest.tokenizer}),
+    ):
+        for name in sorted(begun.keys() | now.keys()):
+            if begun.get(name) != now.get(name):
+                what = f"data.{name}" if kind == "data" else name
+                raise CheckpointError(
+                    f"{own.folder}: the run began with another {kind} as {what} (digest {begun.get(name)}, now "
+                    f"{now.get(name)}), and a run goes on as it began; bring it back, or set another run_dir"
+                )
+
+
+def is_finished(own: Checkpoint | None, num_steps: int) -> bool:
+    """Whether there is nothing left to do, and say so.
+
+    Raises:
+        ConfigError: the run is longer than it is asked to be.
+    """
+    if own is None or own.manifest.step < num_steps:
+        return False
+    if own.manifest.step > num_steps:
+        raise ConfigError(
+            f"{own.folder}: has {own.manifest.step} steps, more than the {num_steps} of this config; "
+            "set another run_dir, or remove the folder"
+        )
+    Console(is_main()).say(f"{own.folder}: all {num_steps} steps are done; remove the folder to do them again")
+    return True
+
+
+def digests(rows: Sequence[Any], held_out: Sequence[Any]) -> dict[str, str]:
+    """Of training rows and held-out rows, as a manifest holds them."""
+    return {"train": digest(rows)} | ({"eval": digest(held_out)} if held_out else {})
+
+
+_asked_to_stop: list[int] = []
+"""The signals that came."""
+
+
+@contextmanager
+def listening_for_stop() -> Iterator[None]:
+    """Inside, SIGTERM and SIGUSR1 do not end the process but ask the run to save and stop at the end of its step."""
+
+    def note(number: int, _: FrameType | None) -> None:
+        _asked_to_stop.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        _asked_to_stop.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def stop_requested() -> bool:
+    """Whether any rank has been asked; all ranks get the same answer."""
+    return any(gather_objects(bool(_asked_to_stop)))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    return {key: item for name, inner in value.items() for key, item in _flat(inner, f"{prefix}{name}.").items()}
+
+
+def _shown(values: dict[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "not set"

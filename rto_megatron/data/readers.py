@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 from rto_megatron.data.chat import Message
-from rto_megatron.data.rows import Row
+from rto_megatron.data.rows import Refuse, Row, stop
 from rto_megatron.data.sources import open_source
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.errors import DataError
@@ -55,6 +55,8 @@ class Dropped:
     num_too_long: int
     """Dropped: over `max_tokens`."""
     max_tokens: int
+    lengths: tuple[int, ...] = ()
+    """Tokens of each row, the dropped ones too."""
 
     def __str__(self) -> str:
         kept = f"{self.source}: {self.num_read - self.num_too_long} of {self.num_read} rows"
@@ -64,13 +66,16 @@ class Dropped:
 RowType = TypeVar("RowType")
 
 
-def read_sft(source: str, tokenizer: Tokenizer, *, max_length: int, too_long: TooLong) -> tuple[list[SFTRow], Dropped]:
+def read_sft(
+    source: str, tokenizer: Tokenizer, *, max_length: int, too_long: TooLong, refuse: Refuse = stop
+) -> tuple[list[SFTRow], Dropped]:
     """Read `prompt` or `messages` with `response`, or `messages` that end with the assistant's answer.
 
     Args:
         source: a JSONL path, or a name for the `datasets` library.
         max_length: tokens of prompt and response together.
-        too_long: `drop` leaves longer rows out and counts them, `error` stops at the first.
+        too_long: `drop` leaves longer rows out and counts them, `error` refuses them.
+        refuse: takes the error of a row that is bad or too long.
     """
 
     def convert(row: Row, _: int) -> tuple[SFTRow, int]:
@@ -78,18 +83,19 @@ def read_sft(source: str, tokenizer: Tokenizer, *, max_length: int, too_long: To
         response_ids = _respond(tokenizer, row.response(), row)
         return SFTRow(prompt_ids=prompt_ids, response_ids=response_ids), len(prompt_ids) + len(response_ids)
 
-    return _read(source, convert, limit=max_length, limit_name="data.max_length", too_long=too_long)
+    return _read(source, convert, limit=max_length, limit_name="data.max_length", too_long=too_long, refuse=refuse)
 
 
 def read_preferences(
-    source: str, tokenizer: Tokenizer, *, max_length: int, too_long: TooLong
+    source: str, tokenizer: Tokenizer, *, max_length: int, too_long: TooLong, refuse: Refuse = stop
 ) -> tuple[list[PreferenceRow], Dropped]:
     """Read pairs: `prompt` or `messages`, with `chosen` and `rejected` as text or as messages.
 
     Args:
         source: a JSONL path, or a name for the `datasets` library.
         max_length: tokens of the prompt and the longer response together.
-        too_long: `drop` leaves longer pairs out and counts them, `error` stops at the first.
+        too_long: `drop` leaves longer pairs out and counts them, `error` refuses them.
+        refuse: takes the error of a row that is bad or too long.
     """
 
     def convert(row: Row, _: int) -> tuple[PreferenceRow, int]:
@@ -100,18 +106,19 @@ def read_preferences(
         pair = PreferenceRow(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2])
         return pair, len(ids[0]) + max(len(ids[1]), len(ids[2]))
 
-    return _read(source, convert, limit=max_length, limit_name="data.max_length", too_long=too_long)
+    return _read(source, convert, limit=max_length, limit_name="data.max_length", too_long=too_long, refuse=refuse)
 
 
 def read_prompts(
-    source: str, tokenizer: Tokenizer, *, max_prompt_tokens: int, too_long: TooLong
+    source: str, tokenizer: Tokenizer, *, max_prompt_tokens: int, too_long: TooLong, refuse: Refuse = stop
 ) -> tuple[list[PromptRow], Dropped]:
     """Read `prompt` or `messages`; answers that the rows may hold are ignored.
 
     Args:
         source: a JSONL path, or a name for the `datasets` library.
         max_prompt_tokens: tokens of the rendered prompt.
-        too_long: `drop` leaves longer prompts out and counts them, `error` stops at the first.
+        too_long: `drop` leaves longer prompts out and counts them, `error` refuses them.
+        refuse: takes the error of a row that is bad or too long.
     """
 
     def convert(row: Row, index: int) -> tuple[PromptRow, int]:
@@ -119,23 +126,36 @@ def read_prompts(
         prompt_ids = _render(tokenizer, messages, row)
         return PromptRow(prompt_ids=prompt_ids, text=_readable(messages), index=index), len(prompt_ids)
 
-    return _read(source, convert, limit=max_prompt_tokens, limit_name="rollout.max_prompt_tokens", too_long=too_long)
+    name = "rollout.max_prompt_tokens"
+    return _read(source, convert, limit=max_prompt_tokens, limit_name=name, too_long=too_long, refuse=refuse)
 
 
 def _read(
-    source: str, convert: Callable[[Row, int], tuple[RowType, int]], *, limit: int, limit_name: str, too_long: TooLong
+    source: str,
+    convert: Callable[[Row, int], tuple[RowType, int]],
+    *,
+    limit: int,
+    limit_name: str,
+    too_long: TooLong,
+    refuse: Refuse,
 ) -> tuple[list[RowType], Dropped]:
     kept: list[RowType] = []
     lengths: list[int] = []
-    for index, row in enumerate(open_source(source)):
-        converted, length = convert(row, index)
+    for index, row in enumerate(open_source(source, refuse)):
+        try:
+            converted, length = convert(row, index)
+        except DataError as error:
+            refuse(error)
+            continue
         lengths.append(length)
         if length <= limit:
             kept.append(converted)
         elif too_long == "error":
-            raise DataError(
-                f"{row.place}: needs at most {limit} tokens ({limit_name}), has {length}; "
-                f"raise {limit_name}, or set too_long to drop"
+            refuse(
+                DataError(
+                    f"{row.place}: needs at most {limit} tokens ({limit_name}), has {length}; "
+                    f"raise {limit_name}, or set too_long to drop"
+                )
             )
     if not lengths:
         raise DataError(f"{source}: needs at least one row, found none")
@@ -144,7 +164,14 @@ def _read(
             f"{source}: none of its {len(lengths)} rows has at most {limit} tokens ({limit_name}), "
             f"the shortest has {min(lengths)}; raise {limit_name}"
         )
-    return kept, Dropped(source=source, num_read=len(lengths), num_too_long=len(lengths) - len(kept), max_tokens=limit)
+    dropped = Dropped(
+        source=source,
+        num_read=len(lengths),
+        num_too_long=len(lengths) - len(kept),
+        max_tokens=limit,
+        lengths=tuple(lengths),
+    )
+    return kept, dropped
 
 
 def digest(rows: Sequence[SFTRow | PreferenceRow | PromptRow]) -> str:

@@ -1,10 +1,18 @@
 """One row of a data file -> its texts, checked: prompt messages and the answers to them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from rto_megatron.data.chat import ROLES, Message
 from rto_megatron.errors import DataError
+
+Refuse = Callable[[DataError], None]
+"""What becomes of a bad row: `stop` raises its error; who wants all of them keeps it, and the row is passed over."""
+
+
+def stop(error: DataError) -> None:
+    """Raise it: what every stage does at the first bad row."""
+    raise error
 
 
 class Row:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.data.rows import Row
+from rto_megatron.data.rows import Refuse, Row, stop
 from rto_megatron.errors import DataError
 
 _LOADERS = {".parquet": "parquet", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
@@ -15,12 +15,16 @@ _MOST_QUOTED = 300
 """Characters of the library's message that ours repeats."""
 
 
-def open_source(source: str) -> Iterator[Row]:
-    """Yield the rows of a `.jsonl` file, another data file or folder, or `name[:split]` of the hub."""
+def open_source(source: str, refuse: Refuse = stop) -> Iterator[Row]:
+    """Yield the rows of a `.jsonl` file, another data file or folder, or `name[:split]` of the hub.
+
+    Args:
+        refuse: takes the error of a line that is no JSON object.
+    """
     source = os.path.expanduser(source)
     path = Path(source)
     if path.suffix == ".jsonl":
-        yield from _json_lines(path)
+        yield from _json_lines(path, refuse)
     elif path.suffix in _LOADERS:
         if not os.path.isfile(path):
             raise DataError(f"{path}: there is no such data file; paths are relative to the working directory")
@@ -44,13 +48,18 @@ def _check_name(source: str, name: str) -> None:
         raise DataError(f"{source}: there is no such data file or folder; paths are relative to the working directory")
 
 
-def _json_lines(path: Path) -> Iterator[Row]:
+def _json_lines(path: Path, refuse: Refuse) -> Iterator[Row]:
     try:
         # Only "\n" ends a line: splitlines() would also cut at U+2028, which JSON allows inside a string.
         with path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield Row(_json_object(line, f"{path}:{number}"), f"{path}:{number}")
+                    try:
+                        row = Row(_json_object(line, f"{path}:{number}"), f"{path}:{number}")
+                    except DataError as error:
+                        refuse(error)
+                    else:
+                        yield row
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such data file; paths are relative to the working directory") from None
     except OSError as error:

@@ -127,7 +127,9 @@ def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock:
     """One round of the algorithm: prompts, rollout, signals, experience, update."""
     with clock.phase("generate"):
         mine = roll_out(setup, config, step=step)
-    return learn(setup, config, mine, step=step, kl_coef=kl_coef, clock=clock)
+    with clock.phase("score"):
+        rollout, signals = judge(setup, config, mine)
+    return learn(setup, config, rollout, signals, step=step, kl_coef=kl_coef, clock=clock)
 
 
 def roll_out(setup: Setup, config: RTORun, *, step: int) -> Rollout:
@@ -146,21 +148,26 @@ def roll_out(setup: Setup, config: RTORun, *, step: int) -> Rollout:
     )
 
 
-def learn(setup: Setup, config: RTORun, mine: Rollout, *, step: int, kl_coef: float, clock: Clock) -> Step:
-    """The rest of the round: signals, experience and update, from this replica's rows of the rollout."""
+def judge(setup: Setup, config: RTORun, mine: Rollout) -> tuple[Rollout, Signals]:
+    """What the roles say of this replica's rows, gathered: all replicas' rows on every rank."""
     actors, mesh = setup.actors, setup.mesh
-    with clock.phase("score"):
-        critic = actors.critic.model if actors.critic else None
-        said = score_rollout(
-            mine, policy=actors.policy.model, critic=critic, judges=actors.judges, config=config, mesh=mesh
-        )
-        rollout, signals = gather_rows(mine, mesh), gather_rows(said, mesh)
+    critic = actors.critic.model if actors.critic else None
+    said = score_rollout(
+        mine, policy=actors.policy.model, critic=critic, judges=actors.judges, config=config, mesh=mesh
+    )
+    return gather_rows(mine, mesh), gather_rows(said, mesh)
+
+
+def learn(
+    setup: Setup, config: RTORun, rollout: Rollout, signals: Signals, *, step: int, kl_coef: float, clock: Clock
+) -> Step:
+    """The rest of the round, from all replicas' rows: experience and update."""
     with clock.phase("advantage"):
         experience, credit = make_experience(
             rollout, signals, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends
         )
     with clock.phase("update"):
-        updates = update(actors, experience, config, mesh, step=step)
+        updates = update(setup.actors, experience, config, setup.mesh, step=step)
     return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, updates=updates)
 
 

@@ -169,20 +169,23 @@ class HuggingFaceTokenizer:
         except Exception as error:  # transformers raises whatever its parsers raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise ConfigError(f"tokenizer {folder}: transformers cannot read it: {reason}") from None
-        own = self._tokenizer.chat_template
-        own = own.get("default") if isinstance(own, dict) else own
-        if template is None and not own:
-            raise ConfigError(
-                f"tokenizer {folder}: needs a chat template, found none; set tokenizer.chat_template to a Jinja file"
-            )
+        self.template = template or self._own_template(folder)
         if self._tokenizer.eos_token_id is None:
             raise ConfigError(f"tokenizer {folder}: needs an eos_token, found none; set it in tokenizer_config.json")
-        holder = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else "tokenizer_config.json")
-        self.template = template or ChatTemplate(own, source=str(holder))
         self.vocab_size = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
         self.bos_id: int | None = self._tokenizer.bos_token_id
         self.pad_id = self._choose_pad(folder)
+
+    def _own_template(self, folder: Path) -> ChatTemplate:
+        own = self._tokenizer.chat_template
+        text = own.get("default") if isinstance(own, dict) else own
+        if not text:
+            raise ConfigError(
+                f"tokenizer {folder}: needs a chat template, found none; set tokenizer.chat_template to a Jinja file"
+            )
+        holder = folder / (TEMPLATE_FILE if (folder / TEMPLATE_FILE).exists() else "tokenizer_config.json")
+        return ChatTemplate(text, source=str(holder))
 
     def _choose_pad(self, folder: Path) -> int:
         """A token that text never needs: the pad token, <unk>, a reserved one, or the one that opens texts.

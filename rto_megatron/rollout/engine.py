@@ -73,22 +73,13 @@ class _Sequence:
 class RolloutEngine:
     """Generates with the trainer's own modules: no second copy of the weights, nothing to synchronise."""
 
-    def __init__(
-        self,
-        model: PolicyModel,
-        *,
-        max_slots: int,
-        max_length: int,
-        eos_ids: tuple[int, ...],
-        banned_ids: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, model: PolicyModel, *, max_slots: int, max_length: int, eos_ids: tuple[int, ...]) -> None:
         """Take `model`, unwrapped; nothing is allocated before `generate`.
 
         Args:
             max_slots: sequences that decode together.
             max_length: tokens of prompt and response together.
             eos_ids: end a response, and belong to it.
-            banned_ids: never sampled, such as the pad id; the vocabulary's padding never is.
         """
         self._model, self._max_slots, self._max_length = model, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
@@ -99,7 +90,7 @@ class RolloutEngine:
             num_ids = model.output_weight().shape[0]
             self._first_id = self._tensor.rank() * num_ids
             mine = range(self._first_id, self._first_id + num_ids)
-            banned = [i - self._first_id for i in mine if i >= model.true_vocab or i in banned_ids]
+            banned = [i - self._first_id for i in mine if i >= model.true_vocab or i in model.banned_ids]
             self._banned = torch.tensor(banned, dtype=torch.long, device=self._device)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:

@@ -31,7 +31,6 @@ def generate(
         max_slots=config.max_slots,
         max_length=config.max_prompt_tokens + config.max_new_tokens,
         eos_ids=(eos_id,),
-        banned_ids=model.banned_ids,
     )
     requests = [
         Request(

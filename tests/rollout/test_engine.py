@@ -22,11 +22,11 @@ PAD = 3
 TINY = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "vocab_size": VOCAB, "init_std": 0.2}
 
 
-def make_model(parallel=None, **architecture):
+def make_model(parallel=None, *, banned_ids=(), **architecture):
     parallel = ParallelConfig(**parallel or {})
     mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
     config = ModelConfig(**(TINY | architecture))
-    model = build_model(config, mesh, kind="policy", parallel=parallel, compute=ComputeConfig())
+    model = build_model(config, mesh, kind="policy", parallel=parallel, compute=ComputeConfig(), banned_ids=banned_ids)
     return model, config
 
 
@@ -40,19 +40,18 @@ def mixed_requests():
         yield Request(uid=uid, prompt=prompt, max_new_tokens=window, seed=77 + uid, **ways[uid % 6])
 
 
-def write(model, requests, slots, eos_ids=EOS, max_length=64):
-    engine = RolloutEngine(model, max_slots=slots, max_length=max_length, eos_ids=eos_ids, banned_ids=(PAD,))
-    return list(engine.generate(requests))
-
-
 WAYS = {"all at once": (18, 1), "one by one": (1, 1), "three slots": (3, 1), "five slots, backwards": (5, -1)}
 """(slots, order of the requests)"""
 
 
 def write_mixed(parallel, ways):
-    model, _ = make_model(parallel)
-    requests = list(mixed_requests())
-    return {way: write(model, requests[:: WAYS[way][1]], WAYS[way][0]) for way in ways}
+    model, _ = make_model(parallel, banned_ids=(PAD,))
+    requests, done = list(mixed_requests()), {}
+    for way in ways:
+        slots, order = WAYS[way]
+        engine = RolloutEngine(model, max_slots=slots, max_length=64, eos_ids=EOS)
+        done[way] = list(engine.generate(requests[::order]))
+    return done
 
 
 @pytest.fixture(scope="module")

@@ -99,12 +99,13 @@ def read_preferences(
     """
 
     def convert(row: Row, _: int) -> tuple[PreferenceRow, int]:
-        prompt, chosen, rejected = row.pair()
-        ids = _render(tokenizer, prompt, row), _respond(tokenizer, chosen, row), _respond(tokenizer, rejected, row)
-        if ids[1] == ids[2]:
+        prompt, *answers = row.pair()
+        prompt_ids = _render(tokenizer, prompt, row)
+        chosen_ids, rejected_ids = (_respond(tokenizer, answer, row) for answer in answers)
+        if chosen_ids == rejected_ids:
             row.fail("needs a pair whose sides differ, but both become the same tokens")
-        pair = PreferenceRow(prompt_ids=ids[0], chosen_ids=ids[1], rejected_ids=ids[2])
-        return pair, len(ids[0]) + max(len(ids[1]), len(ids[2]))
+        pair = PreferenceRow(prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids)
+        return pair, len(prompt_ids) + max(len(chosen_ids), len(rejected_ids))
 
     return _read(source, convert, limit=max_length, limit_name="data.max_length", too_long=too_long, refuse=refuse)
 

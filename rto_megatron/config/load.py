@@ -59,6 +59,44 @@ def load_any(yaml_path: Path | None, words: Sequence[str]) -> tuple[str, Any]:
     return stage, _build(stage, rest, yaml_path)
 
 
+def load_despite_mistakes(yaml_path: Path | None, words: Sequence[str]) -> tuple[str, Any, list[ConfigError]]:
+    """As `load_any`, but all mistakes rather than the first; each wrong setting has its default in the config.
+
+    Returns:
+        The stage, empty where it is not known; the config, None where there is nothing to go on with; the mistakes.
+    """
+    stage, mistakes = "", []
+    try:
+        named, rest = _split_stage(_words(yaml_path, words))
+        stage = named.texts[0] if named else _infer_stage(rest, yaml_path)
+    except ConfigError as error:
+        return stage, None, [error]
+    wrong: set[str] = set()
+    while True:
+        try:
+            return stage, _build(stage, rest, yaml_path), mistakes
+        except ConfigError as error:
+            culprits = {word.key for word in rest if str(error).startswith(f"{word.origin}: {word.key} ")}
+            if culprits or not any(f": {key} " in str(error) for key in wrong):  # else it follows from one before
+                mistakes.append(error)
+            if not culprits:
+                return stage, None, mistakes
+            wrong |= culprits
+            rest = [word for word in rest if word.key not in culprits]
+
+
+def split_options(options_class: type, words: Sequence[str]) -> tuple[Any, list[str]]:
+    """A command's own options, as a dataclass, and the words that are left for the stage."""
+    own: list[str] = []
+    rest: list[str] = []
+    names, taker = {field.name for field in fields(options_class)}, rest
+    for word in words:
+        if word.startswith("--"):
+            taker = own if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        taker.append(word)
+    return _Settings(options_class, words_of_command_line(own), None).build(options_class, prefix=""), rest
+
+
 def dump_run(config: Any) -> str:
     """Write a config as the YAML that `load_run` and `load_any` read it back from."""
     return yaml.safe_dump({"stage": stage_of(config), **_plain(config)}, sort_keys=False, allow_unicode=True)

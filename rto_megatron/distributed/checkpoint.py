@@ -100,7 +100,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}/checkpoint.json: cannot be read ({error})") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise CheckpointError(f"{folder}/checkpoint.json: format must be {FORMAT}; it was written by another version")
-    if hashlib.sha256(text).hexdigest() != _written_hashes(folder).get("checkpoint.json"):
+    if hashlib.sha256(text).hexdigest() != written_hashes(folder).get("checkpoint.json"):
         raise CheckpointError(_changed(folder / "checkpoint.json"))
     models = {role: _architecture(model) for role, model in raw.pop("models").items()}
     raw["optimizers"] = tuple(raw["optimizers"])
@@ -188,23 +188,26 @@ def verify(checkpoint: Checkpoint, part: str) -> None:
 
     Before anything is loaded: loading writes into live weights, so it must not fail half-way.
     """
-    written = _written_hashes(checkpoint.folder)
+    written = written_hashes(checkpoint.folder)
     names = [name for name in sorted(written) if name.split("/")[0] in (part, "tokenizer", name)]
     have = hash_files(checkpoint.folder, names)
     for name in names:
-        if name not in have:
-            raise CheckpointError(
-                f"{checkpoint.folder / name}: is missing; the checkpoint is damaged, restore it or train again"
-            )
-        if have[name] != written[name]:
-            raise CheckpointError(_changed(checkpoint.folder / name))
+        check_file(checkpoint.folder / name, have.get(name), written[name])
+
+
+def check_file(path: Path, found: str | None, written: str) -> None:
+    """Raise CheckpointError unless a file has the hash that it was saved with; None where there is no file."""
+    if found is None:
+        raise CheckpointError(f"{path}: is missing; the checkpoint is damaged, restore it or train again")
+    if found != written:
+        raise CheckpointError(_changed(path))
 
 
 def _changed(path: Path) -> str:
     return f"{path}: changed since it was saved; the checkpoint is damaged, restore it or train again"
 
 
-def _written_hashes(folder: Path) -> dict[str, str]:
+def written_hashes(folder: Path) -> dict[str, str]:
     """Relative name -> sha256 of every file, as it was saved."""
     path = folder / "integrity.json"
     try:

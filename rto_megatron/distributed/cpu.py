@@ -16,7 +16,6 @@ import torch
 from rto_megatron.distributed.cpu_patches import PATCHES
 
 _originals: dict[str, Any] = {}
-_missing: list[str] = []
 
 
 def install() -> None:
@@ -26,8 +25,7 @@ def install() -> None:
     for patch in PATCHES:
         owner = patch.owner()
         if not hasattr(owner, patch.attribute):
-            _missing.append(patch.name)  # another Megatron version; tests/distributed/test_cpu.py names what moved
-            continue
+            continue  # another Megatron version; `missing` names it
         original = owner.__dict__.get(patch.attribute, getattr(owner, patch.attribute))
         _originals[patch.name] = original
         setattr(owner, patch.attribute, patch.make(original))
@@ -44,8 +42,8 @@ def is_installed() -> bool:
 
 
 def missing() -> list[str]:
-    """Names of `PATCHES` that the installed Megatron does not have, after `install`."""
-    return list(_missing)
+    """Names of `PATCHES` that the installed Megatron does not have; tests/distributed/test_cpu.py says what moved."""
+    return [patch.name for patch in PATCHES if not hasattr(patch.owner(), patch.attribute)]
 
 
 def _undo_compilation() -> None:

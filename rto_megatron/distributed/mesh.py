@@ -64,8 +64,7 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
     Raises:
         ConfigError: tensor x pipeline does not divide the world, or the seed is out of range.
     """
-    if not 0 <= seed < 2**63:  # torch takes no more bits, and each stage adds to it
-        raise ConfigError(f"seed must be 0 or more and below 2^63, got {seed}")
+    check_seed(seed)
     num_data = parallel.data(world_size())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)
@@ -77,6 +76,12 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
     assert built == (parallel.tensor, parallel.pipeline, num_data), f"this process already has the mesh {built}"
     seed_streams(seed, mesh)
     return mesh
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError unless torch can take the seed, to which each stage adds."""
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed must be 0 or more and below 2^63, got {seed}")
 
 
 def seed_streams(seed: int, mesh: Mesh) -> None:

@@ -51,6 +51,45 @@ class Runtime:
     """Whether layers come from Transformer Engine; else from Megatron's own and torch."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a rank on this machine would run on; found out without starting anything."""
+
+    device: str
+    """The CPU, or the name of the first GPU."""
+    num_gpus: int
+    gpu_bytes: int
+    """Memory of one GPU; 0 without."""
+    torch_build: str
+    """What torch was built for."""
+    backend: str
+    """Of torch.distributed: gloo or nccl."""
+    has_backend: bool
+
+
+def inspect_hardware() -> Hardware:
+    """Look at this machine as `start_runtime` would."""
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    if not torch.cuda.is_available():
+        return Hardware(
+            device="CPU",
+            num_gpus=0,
+            gpu_bytes=0,
+            torch_build=build,
+            backend="gloo",
+            has_backend=dist.is_available() and dist.is_gloo_available(),
+        )
+    first = torch.cuda.get_device_properties(0)
+    return Hardware(
+        device=f"{torch.cuda.device_count()} x {first.name}",
+        num_gpus=torch.cuda.device_count(),
+        gpu_bytes=first.total_memory,
+        torch_build=build,
+        backend="nccl",
+        has_backend=dist.is_nccl_available(),
+    )
+
+
 def rank() -> int:
     """Global rank of this process; 0 without torchrun. Known before `start_runtime`."""
     return int(os.environ.get("RANK", "0"))
@@ -117,14 +156,19 @@ def _take_gpu() -> torch.device:
     local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # Not the local rank against the GPUs: only rank 0 is heard, and it always has one.
     num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    check_gpus(num_ranks, num_gpus)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_gpus(num_ranks: int, num_gpus: int) -> None:
+    """Raise ConfigError unless each rank of this machine has a GPU of its own."""
     if num_ranks > num_gpus:
         raise ConfigError(
             f"each rank needs a GPU of its own, got {num_ranks} ranks on a machine with {num_gpus}; "
             f"start with torchrun --nproc-per-node={num_gpus}, or set CUDA_VISIBLE_DEVICES= to run on CPU"
         )
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _join(backend: str, timeout: timedelta) -> None:

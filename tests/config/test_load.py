@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
-from rto_megatron.config.load import dump_run, load_any, load_run
+from rto_megatron.config.load import dump_run, load_any, load_despite_mistakes, load_run, split_options
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.run import STAGES
 from rto_megatron.errors import ConfigError
@@ -166,7 +166,11 @@ def test_settings_of_several_stages_need_the_name_of_one(tmp_path):
     assert load_any(path, ["--dpo.beta=0.2"])[0] == "dpo"
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").rglob("*.yaml")), ids=str)
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[2] / "examples").rglob("*.yaml")),
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
 def test_every_example_loads_as_the_stage_that_it_is_named_after(path):
     assert load_any(path, [])[0] == path.stem
 
@@ -342,3 +346,44 @@ def test_help_lists_every_field_and_exits_with_0(capsys):
 def test_config_needs_no_torch():
     code = "import sys, rto_megatron.config.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_all_mistakes_are_told_and_the_rest_is_loaded(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text("stage: sft\n" + SFT + "optimizer: {lr: -1, beta1: 0.5}\ntrain: {max_steps: all, width: 1}\n")
+    stage, config, mistakes = load_despite_mistakes(path, ["--seed=x"])
+    assert (stage, config.optimizer.lr, config.optimizer.beta1, config.train.max_steps) == ("sft", 1e-4, 0.5, None)
+    said = sorted(str(mistake).removeprefix(f"{tmp_path}/").partition(" must")[0] for mistake in mistakes)
+    assert [line.partition(" is not")[0] for line in said] == [
+        "command line: seed",
+        "sft.yaml:5: optimizer.lr",
+        "sft.yaml:6: train.max_steps",
+        "sft.yaml:6: train.width",
+    ]
+
+
+def test_a_mistake_that_follows_from_another_is_not_told():
+    words = [*REQUIRED["rto"], "--prompts_per_step=10", "--samples_per_optimizer_step=3"]
+    stage, config, mistakes = load_despite_mistakes(None, words)  # the default, 16, does not divide 10 either
+    assert (stage, config) == ("rto", None)
+    assert [str(mistake).partition(" must")[0] for mistake in mistakes] == ["command line: samples_per_optimizer_step"]
+
+
+def test_without_a_required_setting_there_is_nothing_to_go_on_with():
+    stage, config, [mistake] = load_despite_mistakes(None, ["--stage=sft", "--run_dir=r"])
+    assert (stage, config) == ("sft", None)
+    assert str(mistake).startswith("command line: data.train must be set")
+
+
+@dataclass(frozen=True)
+class Options:
+    ranks: int | None = None
+    as_text: bool = False
+
+
+def test_a_command_takes_its_own_options_out_of_the_words():
+    options, rest = split_options(Options, ["--ranks", "8", "--seed=1", "--as-text=yes", "--checkpoints", "a", "b"])
+    assert options == Options(ranks=8, as_text=True)
+    assert rest == ["--seed=1", "--checkpoints", "a", "b"]
+    with pytest.raises(ConfigError, match=r"command line: ranks must be a whole number or null, got 'two'"):
+        split_options(Options, ["--ranks=two"])

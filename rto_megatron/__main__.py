@@ -24,10 +24,18 @@ from rto_megatron.errors import ConfigError, StoppedToContinue, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
+COMMANDS = {
+    "verify-resume": "verify_resume",
+}
+"""What looks at the run of a stage and does not train it -> module of stages/ with `main(path, words)`, which returns
+the exit code."""
+
 USAGE = f"""usage: python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
        torchrun --nproc-per-node N -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
+       python -m rto_megatron COMMAND RUN.yaml [...]
 
 stages: {", ".join(STAGES)}
+commands: {", ".join(COMMANDS)}
 `python -m rto_megatron STAGE --help` lists all that a stage's YAML file may say.
 """
 
@@ -41,7 +49,7 @@ def main(words: list[str]) -> int:
         print(__version__)
         return 0
     try:
-        _run(words[0], words[1:])
+        return _run(words[0], words[1:])
     except UserError as error:
         if is_main_of_node():
             where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
@@ -52,13 +60,15 @@ def main(words: list[str]) -> int:
             print(stopped, file=sys.stderr)
         stop_runtime()
         return STOPPED
-    return 0
 
 
-def _run(stage: str, words: list[str]) -> None:
-    if stage not in STAGES:
-        raise ConfigError(f"the stage must be one of {', '.join(STAGES)}, got {stage!r}")
+def _run(stage: str, words: list[str]) -> int:
+    if stage not in (*STAGES, *COMMANDS):
+        raise ConfigError(f"the stage must be one of {', '.join(STAGES)} (or {', '.join(COMMANDS)}), got {stage!r}")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
+    if stage in COMMANDS:
+        prepare_imports()
+        return importlib.import_module(f"rto_megatron.stages.{COMMANDS[stage]}").main(path, words)
     config = load_run(stage, path, words)
     prepare_imports()
     # after prepare_imports, because importing a stage imports Megatron
@@ -66,6 +76,7 @@ def _run(stage: str, words: list[str]) -> None:
     runtime = start_runtime(threads=config.compute.threads)
     module.run(config, runtime)
     stop_runtime()
+    return 0
 
 
 if __name__ == "__main__":

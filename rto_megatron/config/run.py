@@ -264,10 +264,28 @@ class ConvertRun:
     """A Hugging Face folder or one of our run folders; what it is decides the direction."""
     out: Path
     """The folder to write; must not exist."""
+    role: Literal["policy", "value", "critic"] | None = None
+    """Of a run: which model to write; null takes its policy, else its reward model (value), else its critic."""
     chat_template: Path | None = None
-    """A Jinja file to store with the tokenizer; null keeps the source's."""
+    """Of a Hugging Face folder: a Jinja file to store with the tokenizer; null keeps the folder's."""
+    tokenizer: Path | None = None
+    """Of a Hugging Face folder: a run whose tokenizer and chat template to store instead of the folder's, so that the
+    models can be roles of one run; null keeps the folder's. Both must give the same ids."""
+    score_data: str | None = None
+    """Of a Hugging Face reward model: pairs (JSONL path or data-set name) on whose responses the mean and standard
+    deviation of its scores are taken; null takes config.json's score_mean and score_std, else 0 and 1."""
+    verify: bool = True
+    """End with a comparison of every tensor, and of logits or scores of a few texts, with the model in transformers.
+    It needs room for the whole model in float32 on the main rank's machine; false where there is none."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer is not None and self.chat_template is not None:
+            raise ValueError(
+                f"chat_template must be null where `tokenizer` names a run, which brings its own, "
+                f"got {self.chat_template}"
+            )
 
 
 STAGES = {

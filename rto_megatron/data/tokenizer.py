@@ -1,6 +1,7 @@
 """Text to token ids and back, from a sentencepiece model or a Hugging Face folder."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from rto_megatron.errors import ConfigError
 
 SENTENCEPIECE_FILE = "tokenizer.model"
 TEMPLATE_FILE = "chat_template.jinja"
+GENERATION_FILE = "generation_config.json"
+"""How a Hugging Face model is meant to be sampled; kept with its tokenizer, since it names more ids that end a text."""
 
 HUGGING_FACE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -40,6 +43,10 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens."""
+        ...
+
+    def token(self, id: int) -> str:
+        """The name of one id, as templates and tokenizer files write it: `<|end|>`."""
         ...
 
     def render(self, messages: Sequence[Message]) -> list[int]:
@@ -128,6 +135,10 @@ class SentencePieceTokenizer:
         """Ids of plain text; nothing is added."""
         return self._pieces.encode(text)
 
+    def token(self, id: int) -> str:
+        """The name of one id, as templates and tokenizer files write it: `<|end|>`."""
+        return self._pieces.id_to_piece(id)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens."""
         special = {*self._special.values(), self.pad_id}
@@ -164,6 +175,7 @@ class HuggingFaceTokenizer:
 
         # Kept as bytes and written back as they came: a library that saves them anew may change them.
         self._files = {n: (folder / n).read_bytes() for n in HUGGING_FACE_FILES if (folder / n).exists()}
+        self.generation = _read_generation(folder / GENERATION_FILE)
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
@@ -209,6 +221,10 @@ class HuggingFaceTokenizer:
         """Ids of plain text; nothing is added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
+    def token(self, id: int) -> str:
+        """The name of one id, as templates and tokenizer files write it: `<|end|>`."""
+        return self._tokenizer.convert_ids_to_tokens(id)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -224,6 +240,8 @@ class HuggingFaceTokenizer:
         for name, content in self._files.items():
             (folder / name).write_bytes(content)
         (folder / TEMPLATE_FILE).write_text(self.template.text, encoding="utf-8")
+        if self.generation:
+            (folder / GENERATION_FILE).write_text(json.dumps(self.generation, indent=2) + "\n", encoding="utf-8")
 
     def digest(self) -> str:
         """sha256 over the tokenizer's files and its chat template."""
@@ -243,6 +261,19 @@ def _read_template(path: Path) -> ChatTemplate:
         return ChatTemplate(path.read_text(encoding="utf-8"), source=str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokenizer.chat_template {path}: must be a readable text file, got: {error}") from None
+
+
+def _read_generation(path: Path) -> dict[str, Any]:
+    """The settings of a generation_config.json; none where there is no such file."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer {path}: must be readable JSON, got: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"tokenizer {path}: must hold a JSON object, found {type(settings).__name__}")
+    return settings
 
 
 def _names(path: Path) -> str:

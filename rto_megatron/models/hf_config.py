@@ -1,15 +1,16 @@
 """Hugging Face's config.json to a ModelConfig and back, for the families that Megatron's GPT can be."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.errors import CheckpointError
 
 Json = Mapping[str, Any]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,24 @@ class Family:
     """Likewise, in tokens; null is full attention."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """What a value model's config.json says besides its architecture.
+
+    transformers' classes have no bias on the head: what they score, plus `bias`, is our score. A reward is
+    (score - mean) / std.
+    """
+
+    bias: float = 0.0
+    """Of the head, in reward-model units."""
+    mean: float = 0.0
+    """Of our scores."""
+    std: float = 1.0
+    """Likewise."""
+    pad_id: int | None = None
+    """transformers reads the score from the last token that is not this one."""
+
+
 FAMILIES = {
     "LlamaForCausalLM": Family(model_type="llama"),
     "MistralForCausalLM": Family(model_type="mistral", sliding_window=4096),
@@ -34,13 +53,29 @@ FAMILIES = {
 }
 """Hugging Face class -> what sets it apart."""
 
+CAUSAL_LM, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"
+"""How the class of a policy ends, and that of a reward model or critic of the same family."""
+
 
 def config_from_hf(folder: Path) -> ModelConfig:
-    """The architecture that a Hugging Face folder's config.json describes.
+    """The architecture that a Hugging Face folder's config.json describes, a policy's or a value model's.
 
     Raises:
         CheckpointError: the file is missing or damaged, or asks for what Megatron's GPT here cannot do.
     """
+    return _interpret(folder, _model_config)
+
+
+def scoring_from_hf(folder: Path) -> Scoring | None:
+    """How a value model's scores are to be read; None where the folder holds a policy.
+
+    Raises:
+        CheckpointError: as `config_from_hf`; or the model gives more than one number.
+    """
+    return _interpret(folder, _scoring)
+
+
+def _interpret(folder: Path, reading: Callable[[Json], T]) -> T:
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -51,7 +86,7 @@ def config_from_hf(folder: Path) -> ModelConfig:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
     try:
-        return _model_config(raw)
+        return reading(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     except (TypeError, ValueError) as error:
@@ -59,9 +94,7 @@ def config_from_hf(folder: Path) -> ModelConfig:
 
 
 def _model_config(raw: Json) -> ModelConfig:
-    architecture = (raw.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
-        raise CheckpointError(f"architectures must name one of {', '.join(FAMILIES)}, got {architecture}")
+    architecture = _class_of(raw).replace(CLASSIFIER, CAUSAL_LM)
     family = FAMILIES[architecture]
     _refuse_unsupported(raw, architecture, family)
     theta, scaling = _rope(raw)
@@ -84,6 +117,39 @@ def _model_config(raw: Json) -> ModelConfig:
         init_std=raw.get("initializer_range", 0.02),
         architecture=architecture,
     )
+
+
+def _class_of(raw: Json) -> str:
+    """The Hugging Face class; one of a family that is here."""
+    name = (raw.get("architectures") or [None])[0]
+    if isinstance(name, str) and name.replace(CLASSIFIER, CAUSAL_LM) in FAMILIES:
+        return name
+    experts = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if raw.get(key)), None)
+    raise CheckpointError(
+        f"architectures must name one of {', '.join(FAMILIES)} or the {CLASSIFIER} of such a family, got {name}"
+        + (f", a mixture of experts ({experts} {raw[experts]}): only dense models can be converted" if experts else "")
+    )
+
+
+def _scoring(raw: Json) -> Scoring | None:
+    if not _class_of(raw).endswith(CLASSIFIER):
+        return None
+    # a config.json that says nothing means two labels to transformers
+    num_labels = raw.get("num_labels") or len(raw.get("id2label") or (0, 1))
+    if num_labels != 1:
+        raise CheckpointError(
+            f"num_labels (the entries of id2label) must be 1, which is a score, got {num_labels}: "
+            "a classifier is no reward model"
+        )
+    scoring = Scoring(
+        bias=float(raw.get("score_bias", 0.0)),
+        mean=float(raw.get("score_mean", raw.get("mean", 0.0))),  # OpenRLHF writes `mean` and `std`
+        std=float(raw.get("score_std", raw.get("std", 1.0))),
+        pad_id=raw.get("pad_token_id"),
+    )
+    if not scoring.std > 0:
+        raise CheckpointError(f"score_std must be positive, got {scoring.std}")
+    return scoring
 
 
 def _need(raw: Json, key: str) -> Any:
@@ -137,18 +203,25 @@ def _rope(raw: Json) -> tuple[float, RopeScaling | None]:
 
 
 def config_to_hf(
-    config: ModelConfig, *, dtype: str, eos_id: int | None = None, bos_id: int | None = None, pad_id: int | None = None
+    config: ModelConfig,
+    *,
+    dtype: str,
+    eos_id: int | list[int] | None = None,
+    bos_id: int | None = None,
+    pad_id: int | None = None,
+    scoring: Scoring | None = None,
 ) -> dict[str, Any]:
     """What to write as config.json, for transformers 5 and for older ones.
 
     Args:
         dtype: of the weights beside it: float32, bfloat16.
         eos_id: the tokenizer's, like bos_id and pad_id.
+        scoring: of a value model; None writes a policy.
     """
     family = _family_of(config)
     scaling = _rope_to_hf(config.rope_scaling)
     return {
-        "architectures": [config.architecture],
+        "architectures": [hf_class(config, scoring)],
         "model_type": family.model_type,
         "num_hidden_layers": config.num_layers,
         "hidden_size": config.hidden_size,
@@ -177,6 +250,23 @@ def config_to_hf(
         "torch_dtype": dtype,
         "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
         "dtype": dtype,
+        **(_scoring_to_hf(scoring) if scoring else {}),
+    }
+
+
+def hf_class(config: ModelConfig, scoring: Scoring | None) -> str:
+    """The Hugging Face class of a policy (no scoring) or of a value model."""
+    return config.architecture.replace(CAUSAL_LM, CLASSIFIER) if scoring else config.architecture
+
+
+def _scoring_to_hf(scoring: Scoring) -> dict[str, Any]:
+    return {
+        "id2label": {"0": "score"},  # transformers takes the number of labels from here
+        "label2id": {"score": 0},
+        "problem_type": "regression",  # vLLM would put a sigmoid on the score of a classifier with one label
+        "score_bias": scoring.bias,
+        "score_mean": scoring.mean,
+        "score_std": scoring.std,
     }
 
 

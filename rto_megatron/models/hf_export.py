@@ -2,153 +2,152 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.transformer.module import MegatronModule
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from rto_megatron.config.model import ModelConfig
-from rto_megatron.data.tokenizer import SENTENCEPIECE_FILE, Tokenizer
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.data.tokenizer_files import eos_ids, write_tokenizer_files
 from rto_megatron.distributed.collectives import bring_to_main, gather_objects
 from rto_megatron.distributed.runtime import is_main, rank
-from rto_megatron.errors import CheckpointError
-from rto_megatron.models.hf_config import config_to_hf
-from rto_megatron.models.hf_tables import TABLES
-from rto_megatron.models.hf_weights import INDEX, raise_together
+from rto_megatron.models.hf_config import Scoring, config_to_hf
+from rto_megatron.models.hf_tables import SCORE_BIAS, TABLES
+from rto_megatron.models.hf_weights import raise_together
+from rto_megatron.models.safetensors_files import SafetensorsFiles
 from rto_megatron.models.weights import Shard, shards
 
 PART_BYTES = 4 << 30
-"""Size of one file; rank 0 holds that much at a time."""
+"""Size of one file of weights."""
 
 
 @torch.no_grad()
 def save_hf(
-    model: MegatronModule, config: ModelConfig, folder: Path, tokenizer: Tokenizer, *, part_bytes: int = PART_BYTES
+    model: MegatronModule,
+    config: ModelConfig,
+    folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    scoring: Scoring | None = None,
+    part_bytes: int = PART_BYTES,
 ) -> None:
     """Write a folder that transformers reads: weights, config, generation config, tokenizer.
 
-    One weight at a time travels to rank 0. The folder is written beside and renamed at the end.
+    One weight at a time travels to rank 0, and from there into its file.
+
+    Args:
+        folder: a draft; where this fails, what was written of it is removed.
+        scoring: of a value model, whose bias and pad id are filled in here; None writes a policy.
 
     Raises:
-        CheckpointError: the model is of no supported family, or a file could not be written.
+        CheckpointError: the model is of no supported family, a weight is not finite, or a file could not be written.
     """
-    ids = {"eos_id": tokenizer.eos_id, "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-    described = config_to_hf(config, dtype=str(model.config.params_dtype).removeprefix("torch."), **ids)
-    draft = folder.with_name(folder.name + ".tmp")
-    writer = _PartWriter(draft, part_bytes) if is_main() else None
-    problem = None
+    dtype = model.config.params_dtype
+    ids = {"eos_id": eos_ids(tokenizer), "bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
+    told = {"dtype": str(dtype).removeprefix("torch."), **ids}
+    config_to_hf(config, **told)  # refuses a model of no family before anything is written
+    shapes = {name: shape for name, shape in hf_shapes(model, config).items() if name != SCORE_BIAS}
+    files = SafetensorsFiles(folder, shapes, dtype, part_bytes=part_bytes)
+    problem = _attempt(lambda: folder.mkdir(parents=True)) if is_main() else None
     for name, tensor in hf_tensors(model, config):  # to its end in any case: the other ranks are sending
-        if problem is None and writer is not None:
-            problem = _attempt(lambda: writer.add(name, tensor))  # noqa: B023 - called at once
-    if problem is None and writer is not None:
-        problem = _attempt(lambda: _finish(writer, described, tokenizer, folder))
-    try:
-        raise_together(problem)
-    except CheckpointError:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        problem = problem or _not_finite(name, tensor)
+        if name == SCORE_BIAS and scoring is not None:
+            scoring = replace(scoring, bias=tensor.item(), pad_id=tokenizer.pad_id)
+        elif problem is None:
+            problem = _attempt(partial(files.write, name, tensor))
+        del tensor  # before the next one comes
+    if is_main():
+        described = config_to_hf(config, **told, scoring=scoring)
+        problem = problem or _attempt(files.close)
+        problem = problem or _attempt(lambda: _write_beside(folder, described, tokenizer, is_value=scoring is not None))
+    if problem is not None:
+        files.abandon()
+        shutil.rmtree(folder, ignore_errors=True)
+    raise_together(problem)
 
 
+def hf_shapes(model: MegatronModule, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all Hugging Face tensors, in the order in which `hf_tensors` gives them; all ranks must call."""
+    shapes = {}
+    for weight in _survey(model)[1]:
+        recipe = TABLES[config.architecture][weight.key]
+        parts = recipe.split(torch.empty(weight.shape, device="meta"), config)
+        names = (name.format(i=weight.layer) for name in recipe.names)
+        shapes |= {name: tuple(part.shape) for name, part in zip(names, parts, strict=True)}
+    return shapes
+
+
+@torch.no_grad()
 def hf_tensors(model: MegatronModule, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and whole tensors, on rank 0; the others get none but must iterate too."""
-    table = TABLES[config.architecture]
-    for key, layer, whole in _whole_weights(model):
-        if whole is None:
-            continue
-        for name, part in zip(table[key].names, table[key].split(whole, config), strict=True):
-            yield name.format(i=layer), part.cpu().contiguous()
+    mine, weights = _survey(model)
+    device, dtype = next(model.parameters()).device, model.config.params_dtype
+    for weight in weights:
+        whole = None
+        for owner, number, slices in weight.pieces:
+            own = mine[weight.key, weight.layer][number].data if owner == rank() else None
+            shape = [s.stop - s.start for s in slices]
+            piece = bring_to_main(own, owner=owner, shape=shape, dtype=dtype, device=device)
+            if piece is not None:
+                whole = piece.new_empty(weight.shape) if whole is None else whole
+                whole[slices] = piece
+            del piece
+        if whole is not None:
+            recipe = TABLES[config.architecture][weight.key]
+            for name, part in zip(recipe.names, recipe.split(whole, config), strict=True):
+                yield name.format(i=weight.layer), part.cpu().contiguous()
+                del part
 
 
-def _whole_weights(model: MegatronModule) -> Iterator[tuple[str, int | None, Tensor | None]]:
-    """Each weight of the model put together on rank 0, None elsewhere; in the same order on all ranks."""
+@dataclass(frozen=True)
+class _Whole:
+    """One of our weights, and which ranks hold which pieces of it."""
+
+    key: str
+    layer: int | None
+    shape: tuple[int, ...]
+    pieces: list[tuple[int, int, tuple[slice, ...]]]
+    """Owner's rank, number among the owner's pieces of this weight, place in the whole."""
+
+
+def _survey(model: MegatronModule) -> tuple[dict[tuple[str, int | None], list[Shard]], list[_Whole]]:
+    """This rank's pieces by key and layer; and all weights, in the same order on all ranks."""
     mine: dict[tuple[str, int | None], list[Shard]] = {}
     for shard in shards(model):
         if shard.is_main:
             mine.setdefault((shard.key, shard.layer), []).append(shard)
-    places = gather_objects({name: [(s.slices, s.full_shape) for s in held] for name, held in mine.items()})
-    device, dtype = next(model.parameters()).device, model.config.params_dtype
-    for key, layer in sorted(set().union(*places), key=lambda name: (name[1] is not None, name[1] or 0, name[0])):
-        whole = None
-        for owner, held in enumerate(places):
-            for number, (slices, full_shape) in enumerate(held.get((key, layer), [])):
-                own = mine[key, layer][number].data if owner == rank() else None
-                shape = [s.stop - s.start for s in slices]
-                piece = bring_to_main(own, owner=owner, shape=shape, dtype=dtype, device=device)
-                if piece is not None:
-                    whole = piece.new_empty(full_shape) if whole is None else whole
-                    whole[slices] = piece
-        yield key, layer, whole
+    told = {name: (held[0].full_shape, [shard.slices for shard in held]) for name, held in mine.items()}
+    found: dict[tuple[str, int | None], _Whole] = {}
+    for owner, held in enumerate(gather_objects(told)):
+        for (key, layer), (shape, places) in held.items():
+            weight = found.setdefault((key, layer), _Whole(key, layer, shape, []))
+            weight.pieces.extend((owner, number, slices) for number, slices in enumerate(places))
+    return mine, sorted(found.values(), key=lambda w: (w.layer is not None, w.layer or 0, w.key))
 
 
-class _PartWriter:
-    """Safetensors files of a limited size, numbered when it is known how many they are."""
-
-    def __init__(self, folder: Path, part_bytes: int) -> None:
-        self.folder, self.part_bytes = folder, part_bytes
-        self._part: dict[str, Tensor] = {}
-        self._parts: list[list[str]] = []
-        self._part_size = self._total = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; write the part before if this one would make it too large."""
-        size = tensor.numel() * tensor.element_size()
-        if self._part and self._part_size + size > self.part_bytes:
-            self._write()
-        self._part[name] = tensor
-        self._part_size += size
-        self._total += size
-
-    def close(self) -> None:
-        """Write the last part, and the index."""
-        self._write()
-        where = {}
-        for number, names in enumerate(self._parts, 1):
-            name = f"model-{number:05d}-of-{len(self._parts):05d}.safetensors"
-            (self.folder / f"part-{number}").rename(self.folder / name)
-            where |= dict.fromkeys(names, name)
-        _write_json(self.folder / INDEX, {"metadata": {"total_size": self._total}, "weight_map": where})
-
-    def _write(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._parts.append(list(self._part))
-        save_file(self._part, self.folder / f"part-{len(self._parts)}", metadata={"format": "pt"})
-        self._part, self._part_size = {}, 0
+def _write_beside(folder: Path, described: Mapping[str, Any], tokenizer: Tokenizer, *, is_value: bool) -> None:
+    """All that is not weights."""
+    (folder / "config.json").write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_tokenizer_files(tokenizer, folder, names_pad=is_value)
 
 
-def _finish(writer: _PartWriter, described: dict[str, Any], tokenizer: Tokenizer, folder: Path) -> None:
-    writer.close()
-    tokenizer.save(writer.folder)
-    if not (writer.folder / "tokenizer.json").exists():
-        _name_special_tokens(writer.folder, described)
-    _write_json(writer.folder / "config.json", described)
-    ids = {name: described[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(writer.folder / "generation_config.json", ids)
-    writer.folder.rename(folder)
+def _not_finite(name: str, tensor: Tensor) -> str | None:
+    """What to say of a weight that nothing can be computed with."""
+    if tensor.isfinite().all():
+        return None
+    return f"{name} holds NaN or infinity: the run diverged; convert an earlier checkpoint of it"
 
 
-def _name_special_tokens(folder: Path, described: dict[str, Any]) -> None:
-    """Tell transformers what ends and fills texts, which a sentencepiece file leaves open."""
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(folder / SENTENCEPIECE_FILE))
-    ids = {name: described[f"{name}_id"] for name in ("bos_token", "eos_token", "pad_token")}
-    names = {name: pieces.id_to_piece(i) for name, i in ids.items() if i is not None}
-    _write_json(folder / "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": False, **names})
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _attempt(action: Callable[[], None]) -> str | None:
+def _attempt(action: Callable[[], object]) -> str | None:
     """Why a write failed, or None."""
     try:
         action()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         return f"the Hugging Face folder could not be written: {error}"
     return None

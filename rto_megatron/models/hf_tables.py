@@ -62,10 +62,15 @@ def _grouped(*names: str) -> Recipe:
 _LAYER, _HF_LAYER = "decoder.layers.{i}.", "model.layers.{i}."
 _ATTENTION, _HF_ATTENTION = _LAYER + "self_attention.", _HF_LAYER + "self_attn."
 
+SCORE_BIAS = "score.bias"
+"""A value model's bias. transformers' classes have none: it is `score_bias` in config.json, not among the tensors."""
+
 _LLAMA = {
     "embedding.word_embeddings.weight": _vocabulary("model.embed_tokens.weight"),
     "decoder.final_layernorm.weight": _same("model.norm.weight"),
     "output_layer.weight": _vocabulary("lm_head.weight"),
+    "value_head.weight": _same("score.weight"),
+    "value_head.bias": _same(SCORE_BIAS),
     _ATTENTION + "linear_qkv.layer_norm_weight": _same(_HF_LAYER + "input_layernorm.weight"),
     _ATTENTION + "linear_qkv.weight": _grouped(*(_HF_ATTENTION + f"{x}_proj.weight" for x in "qkv")),
     _ATTENTION + "linear_proj.weight": _same(_HF_ATTENTION + "o_proj.weight"),

@@ -5,8 +5,9 @@ that weight a rank holds. So nothing here knows of tensor or pipeline ranks.
 """
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,65 +19,92 @@ from torch import Tensor
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.errors import CheckpointError
-from rto_megatron.models.hf_tables import TABLES, Recipe
-from rto_megatron.models.weights import shards
+from rto_megatron.models.hf_config import hf_class, scoring_from_hf
+from rto_megatron.models.hf_tables import SCORE_BIAS, TABLES, Recipe
+from rto_megatron.models.safetensors_files import INDEX
+from rto_megatron.models.weights import Shard, shards
 
-INDEX = "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16", "F64")
+"""What safetensors calls the dtypes of plain weights; others belong to quantized ones."""
 
 
 class HuggingFaceFolder:
-    """The safetensors files of a folder, mapped into memory: a tensor is read when asked for."""
+    """The safetensors files of a folder: a tensor is read when asked for, and nothing stays in memory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[Path, Any] = {}
-        self._closing = ExitStack()
         self._where = self._index()
-
-    def __enter__(self) -> "HuggingFaceFolder":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
+        self.scoring = scoring_from_hf(folder)
+        self._beside = {SCORE_BIAS: torch.tensor([self.scoring.bias])} if self.scoring else {}
 
     @property
     def names(self) -> set[str]:
-        """All tensors."""
-        return set(self._where)
+        """All tensors, and a value model's bias, which is in config.json unless it is among them."""
+        return set(self._where) | set(self._beside)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header; the tensor is not read."""
-        return tuple(self._open(self._where[name]).get_slice(name).get_shape())
+        """From the file's header; the tensor is not read.
+
+        Raises:
+            CheckpointError: it is of a dtype that no plain weights have.
+        """
+        if name not in self._where:
+            return tuple(self._beside[name].shape)
+        with self._open(self._where[name]) as file:
+            about = file.get_slice(name)
+            if about.get_dtype() not in DTYPES:
+                raise CheckpointError(
+                    f"{self._where[name]}: {name} must be of float32, bfloat16 or float16, got {about.get_dtype()}: "
+                    "quantized weights cannot be converted; take the model's original"
+                )
+            return tuple(about.get_shape())
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor."""
-        return self._open(self._where[name]).get_tensor(name)
+        """The whole tensor.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        if name not in self._where:
+            return self._beside[name]
+        # Opened anew for each tensor: pages that were read once stay in memory as long as their file is open.
+        with self._open(self._where[name]) as file:
+            tensor = file.get_tensor(name)
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{self._where[name]}: {name} must be finite, {int((~tensor.isfinite()).sum())} of its "
+                f"{tensor.numel()} numbers are NaN or infinite; the model is damaged, copy or train it again"
+            )
+        return tensor
 
     def _index(self) -> dict[str, Path]:
         index = self.folder / INDEX
         if index.exists():
             try:
                 parts = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            except (OSError, ValueError, KeyError, TypeError) as error:
+                return {name: self.folder / part for name, part in parts.items()}
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: must be JSON with a weight_map, got: {error!r}") from None
-            return {name: self.folder / part for name, part in parts.items()}
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+        where = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            with self._open(path) as file:
+                where |= dict.fromkeys(file.keys(), path)
+        if not where:
             found = ", ".join(sorted(path.name for path in self.folder.iterdir())[:10]) or "an empty folder"
             raise CheckpointError(
                 f"{self.folder}: needs weights as *.safetensors, found {found}; save the model again with transformers"
             )
-        return {name: path for path in files for name in self._open(path).keys()}  # noqa: SIM118 - not a dict
+        return where
 
-    def _open(self, path: Path) -> Any:
-        if path not in self._files:
-            try:
-                self._files[path] = self._closing.enter_context(safe_open(path, "pt"))
-            except FileNotFoundError:
-                raise CheckpointError(f"{path}: is missing, and {INDEX} names it; copy it again") from None
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: must be a complete safetensors file, got: {error}") from None
-        return self._files[path]
+    @contextmanager
+    def _open(self, path: Path) -> Iterator[Any]:
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: is missing, and {INDEX} names it; copy it again") from None
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: must be a complete safetensors file, got: {error}") from None
 
 
 @torch.no_grad()
@@ -87,44 +115,43 @@ def load_hf(model: MegatronModule, folder: Path, config: ModelConfig) -> None:
         CheckpointError: tensors are missing, have another shape, or have no place in the model.
     """
     table = TABLES[config.architecture]
-    with HuggingFaceFolder(folder) as source:
-        mine = {name.format(i=shard.layer) for shard in shards(model) for name in table[shard.key].names}
-        _check_names(set().union(*gather_objects(mine)), source, config)
-        problem = None
-        try:
-            _copy_weights(model, source, config)
-        except CheckpointError as error:
-            problem = str(error)
-        raise_together(problem)
+    mine = {name.format(i=shard.layer) for shard in shards(model) for name in table[shard.key].names}
+    wanted = set().union(*gather_objects(mine))
+    problem = None
+    try:
+        source = HuggingFaceFolder(folder)
+        _check_names(wanted, source, config)
+        for _, pieces in groupby(shards(model), lambda shard: shard.name):  # those of one weight come together
+            _fill(list(pieces), source, config)
+    except CheckpointError as error:
+        problem = str(error)
+    raise_together(problem)
 
 
 def _check_names(wanted: set[str], source: HuggingFaceFolder, config: ModelConfig) -> None:
     missing = sorted(wanted - source.names)
+    where = f"{hf_class(config, source.scoring)} with {config.num_layers} layers"
     if missing:
         way_out = "config.json and weights must be of one model"
         if missing == ["lm_head.weight"]:
             way_out = "set tie_word_embeddings in config.json if it shares the embedding"
-        raise CheckpointError(
-            f"{source.folder}: lacks {_some(missing)}, which {config.architecture} needs with {config.num_layers} "
-            f"layers; {way_out}"
-        )
+        raise CheckpointError(f"{source.folder}: lacks {_some(missing)}, which {where} needs; {way_out}")
     # a tied model's files may hold the embedding twice, and old ones hold what is computed from the config
     left = {name for name in source.names - wanted if not name.endswith("rotary_emb.inv_freq")}
-    left -= {"lm_head.weight"} if config.tie_embeddings else set()
+    left -= {"lm_head.weight"} if config.tie_embeddings or source.scoring else set()
     if left:
         raise CheckpointError(
-            f"{source.folder}: has {_some(sorted(left))}, which {config.architecture} has no place for with "
-            f"{config.num_layers} layers; config.json and weights must be of one model"
+            f"{source.folder}: has {_some(sorted(left))}, which {where} has no place for; "
+            "config.json and weights must be of one model"
         )
 
 
-def _copy_weights(model: MegatronModule, source: HuggingFaceFolder, config: ModelConfig) -> None:
-    name, whole = "", torch.empty(0)
-    for shard in shards(model):
-        if shard.name != name:  # pieces of one weight come one after another
-            name = shard.name
-            whole = _read(source, TABLES[config.architecture][shard.key], shard.layer, shard.full_shape, config)
-        shard.data.copy_(whole[shard.slices])
+def _fill(pieces: Sequence[Shard], source: HuggingFaceFolder, config: ModelConfig) -> None:
+    """Read one weight and copy this rank's pieces of it; it is gone when this returns."""
+    first = pieces[0]
+    whole = _read(source, TABLES[config.architecture][first.key], first.layer, first.full_shape, config)
+    for piece in pieces:
+        piece.data.copy_(whole[piece.slices])
 
 
 def _read(

@@ -1,10 +1,15 @@
 """Hugging Face folder -> run folder, and back."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.run import ConvertRun
-from rto_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+from rto_megatron.data.readers import read_preferences
+from rto_megatron.data.tokenizer import TEMPLATE_FILE, Tokenizer, check_vocabulary, load_tokenizer
+from rto_megatron.data.tokenizer_files import check_tokenizer_files
 from rto_megatron.distributed.checkpoint import TRACKER, Manifest, open_checkpoint
 from rto_megatron.distributed.collectives import barrier
 from rto_megatron.distributed.mesh import Mesh, build_mesh
@@ -12,27 +17,25 @@ from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.distributed.save import save_checkpoint
 from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.metrics import Console
-from rto_megatron.models.gpt import build_model
-from rto_megatron.models.hf_config import config_from_hf
+from rto_megatron.models.gpt import Kind, build_model
+from rto_megatron.models.hf_check import TEXTS, Agreement, check_hf
+from rto_megatron.models.hf_config import Scoring, config_from_hf, scoring_from_hf
 from rto_megatron.models.hf_export import save_hf
-from rto_megatron.models.hf_weights import load_hf
+from rto_megatron.models.hf_weights import load_hf, raise_together
+from rto_megatron.stages.reward import score_moments
 from rto_megatron.stages.roles import load_role, tokenizer_of
 
 
 def run(config: ConvertRun, runtime: Runtime) -> None:
-    """Bring Hugging Face weights into a run folder, or write a run's policy for transformers; `source` decides."""
+    """Bring Hugging Face weights into a run folder, or write a run's model for transformers; `source` decides."""
     inward = is_hugging_face(config.source)
-    mesh = build_mesh(config.parallel, runtime, seed=0)
+    mesh, console = build_mesh(config.parallel, runtime, seed=0), Console(is_main())
     if config.out.exists():
         raise ConfigError(f"out {config.out}: must not exist, and does; name another folder or remove it")
+    _check_direction(config, inward=inward)
     barrier()  # before any rank writes there
-    try:
-        (_bring_in if inward else _write_out)(config, mesh)
-    except Exception:
-        if is_main():
-            shutil.rmtree(config.out, ignore_errors=True)
-        raise
-    Console(is_main()).say(f"{config.source} -> {config.out}")
+    (_bring_in if inward else _write_out)(config, mesh, console)
+    console.say(f"{config.source} -> {config.out}")
 
 
 def is_hugging_face(source: Path) -> bool:
@@ -54,26 +57,139 @@ def is_hugging_face(source: Path) -> bool:
     )
 
 
-def _bring_in(config: ConvertRun, mesh: Mesh) -> None:
-    model_config = config_from_hf(config.source)
-    tokenizer = load_tokenizer(config.source, config.chat_template)
-    check_vocabulary(tokenizer, model_config.vocab_size)
-    model = build_model(model_config, mesh, kind="policy", parallel=config.parallel, compute=config.compute, seed=None)
-    load_hf(model, config.source, model_config)
-    manifest = Manifest(stage="convert", step=0, models={"policy": model_config}, tokenizer=tokenizer.digest())
-    save_checkpoint(config.out, manifest, {"policy": model}, tokenizer.save)
+def _check_direction(config: ConvertRun, *, inward: bool) -> None:
+    """Raise ConfigError where a field is set that is about the other direction."""
+    for name in ("role",) if inward else ("chat_template", "tokenizer", "score_data"):
+        value = getattr(config, name)
+        if value is not None:
+            why = "the class in config.json says what it holds" if inward else "it has its own"
+            where = "a Hugging Face folder is brought in" if inward else "a run is written out"
+            raise ConfigError(f"{name} must be null where {where}: {why}; got {value}")
 
 
-def _write_out(config: ConvertRun, mesh: Mesh) -> None:
-    if config.chat_template is not None:
+def _bring_in(config: ConvertRun, mesh: Mesh, console: Console) -> None:
+    architecture, scoring = config_from_hf(config.source), scoring_from_hf(config.source)
+    tokenizer = _choose_tokenizer(config)
+    check_vocabulary(tokenizer, architecture.vocab_size)
+    kind: Kind = "policy" if scoring is None else "value"
+    if scoring is None and config.score_data is not None:
         raise ConfigError(
-            f"chat_template must be null where a run is written out: it has its own; got {config.chat_template}"
+            f"score_data must be null where a policy is brought in: it has no scores; got {config.score_data}"
         )
-    checkpoint = open_checkpoint(config.source)
-    if "policy" not in checkpoint.manifest.models:
+    if scoring is not None and scoring.pad_id == tokenizer.eos_id:
         raise CheckpointError(
-            f"{checkpoint.folder}: must hold a policy to be written out, holds {', '.join(checkpoint.manifest.models)}"
+            f"{config.source}/config.json: pad_token_id must not be the tokenizer's EOS, got {scoring.pad_id} for "
+            "both: transformers then reads the score before the EOS, and here it is read at it; if that is where the "
+            "model was trained to be read, set pad_token_id to an id that texts do not hold"
         )
-    tokenizer = tokenizer_of(checkpoint)
-    model, _ = load_role(config.source, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=True)
-    save_hf(model, checkpoint.manifest.models["policy"], config.out, tokenizer)
+    model = build_model(architecture, mesh, kind=kind, parallel=config.parallel, compute=config.compute, seed=None)
+    model.eval().requires_grad_(False)
+    load_hf(model, config.source, architecture)
+    if config.verify:
+        console.say(str(_check(model, architecture, config.source, tokenizer, config, mesh)))
+    mean, std = _moments(model, scoring, tokenizer, architecture.max_length, config, mesh) if scoring else (0.0, 1.0)
+    if scoring:
+        console.say(f"scores: mean {mean:.4g}, std {std:.4g}")
+    manifest = Manifest(
+        stage="convert",
+        step=0,
+        models={kind: architecture},
+        tokenizer=tokenizer.digest(),
+        score_mean=mean,
+        score_std=std,
+    )
+    try:
+        save_checkpoint(config.out, manifest, {kind: model}, tokenizer.save)
+    except CheckpointError:
+        if is_main():
+            shutil.rmtree(config.out, ignore_errors=True)
+        raise
+
+
+def _choose_tokenizer(config: ConvertRun) -> Tokenizer:
+    """The folder's own, or that of the run `tokenizer`, which must read texts as the folder's does."""
+    if config.tokenizer is None:
+        return load_tokenizer(config.source, config.chat_template)
+    checkpoint = open_checkpoint(config.tokenizer)
+    chosen = tokenizer_of(checkpoint)
+    own = load_tokenizer(config.source, checkpoint.tokenizer_folder / TEMPLATE_FILE)
+    for text in TEXTS:
+        if own.encode(text) != chosen.encode(text):
+            raise ConfigError(
+                f"tokenizer {config.tokenizer}: must give the same ids as that of {config.source}, which differs on "
+                f"{text[:30]!r}...; a model reads only the ids that it was trained with"
+            )
+    return chosen
+
+
+def _moments(
+    model: Any, scoring: Scoring, tokenizer: Tokenizer, max_length: int, config: ConvertRun, mesh: Mesh
+) -> tuple[float, float]:
+    """Mean and standard deviation by which a reward model's scores are normalised."""
+    if config.score_data is None:
+        return scoring.mean, scoring.std
+    rows, _ = read_preferences(config.score_data, tokenizer, max_length=max_length, too_long="drop")
+    return score_moments(model, rows, config, tokenizer, mesh)
+
+
+def _write_out(config: ConvertRun, mesh: Mesh, console: Console) -> None:
+    manifest = open_checkpoint(config.source).manifest
+    role = config.role or next(role for role in ("policy", "value", "critic") if role in manifest.models)
+    if role not in manifest.models:
+        raise CheckpointError(
+            f"{config.source}: must hold the role {role} to write it out, holds {', '.join(manifest.models)}"
+        )
+    kind: Kind = "policy" if role == "policy" else "value"
+    model, checkpoint = load_role(
+        config.source, kind, mesh, parallel=config.parallel, compute=config.compute, frozen=True
+    )
+    assert manifest.role_for(kind) == role, f"a value model is loaded from {manifest.role_for(kind)}, not from {role}"
+    architecture, tokenizer, scoring = manifest.models[role], tokenizer_of(checkpoint), None
+    if kind == "value":  # a critic's values are normalised by nothing
+        scoring = Scoring(mean=manifest.score_mean, std=manifest.score_std) if role == "value" else Scoring()
+    draft = config.out.with_name(config.out.name + ".draft")
+    if draft.exists():
+        raise ConfigError(
+            f"out {config.out}: its draft {draft} is left from a conversion that did not end well; look at it, then "
+            "remove it"
+        )
+    barrier()  # before the main rank writes there
+    save_hf(model, architecture, draft, tokenizer, scoring=scoring)
+    if config.verify:
+        try:
+            agreement = _check(model, architecture, draft, tokenizer, config, mesh)
+            raise_together(_attempt(lambda: check_tokenizer_files(tokenizer, draft, TEXTS, names_pad=kind == "value")))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; out {config.out} is not written, its draft is left") from None
+        console.say(str(agreement))
+    raise_together(_attempt(lambda: draft.rename(config.out)))
+    if kind == "value" and is_main():
+        _say_bias(config.out, console)
+
+
+def _check(
+    model: Any, architecture: ModelConfig, folder: Path, tokenizer: Tokenizer, config: ConvertRun, mesh: Mesh
+) -> Agreement:
+    rows = config.compute.score_micro_batch_size
+    return check_hf(model, architecture, folder, tokenizer, mesh, rows_at_once=rows)
+
+
+def _attempt(action: Callable[[], object]) -> str | None:
+    """Why the main rank cannot; None where it can, and on the other ranks, which do not try."""
+    try:
+        if is_main():
+            action()
+    except CheckpointError as error:
+        return str(error)
+    except OSError as error:
+        return f"the Hugging Face folder could not be written: {error}"
+    return None
+
+
+def _say_bias(folder: Path, console: Console) -> None:
+    scoring = scoring_from_hf(folder)
+    if scoring is not None and scoring.bias != 0:
+        console.say(
+            f"the head's bias {scoring.bias:.6g} is score_bias in config.json: transformers' classes have none, so add "
+            "it to their scores"
+        )

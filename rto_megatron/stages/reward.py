@@ -8,7 +8,7 @@ from torch import Tensor
 from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
 from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores
 from rto_megatron.batch import PreferenceBatch
-from rto_megatron.config.run import RewardRun
+from rto_megatron.config.run import ConvertRun, RewardRun
 from rto_megatron.data.collate import collate_preferences
 from rto_megatron.data.readers import PreferenceRow, read_preferences
 from rto_megatron.data.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
 
 
 def score_moments(
-    model: ScalarModel, rows: list[PreferenceRow], config: RewardRun, tokenizer: Tokenizer, mesh: Mesh
+    model: ScalarModel, rows: list[PreferenceRow], config: RewardRun | ConvertRun, tokenizer: Tokenizer, mesh: Mesh
 ) -> tuple[float, float]:
     """Mean and standard deviation of the raw scores of all responses, chosen and rejected.
 

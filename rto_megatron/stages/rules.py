@@ -114,7 +114,7 @@ def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:
         checkpoint = opened[role.name]
         yield Rule(partial(check_kind, checkpoint, role.kind), "a model without an output layer cannot write")
         if role.name == "reward_model":
-            yield Rule(partial(check_is_reward_run, checkpoint), "scores of an untrained head are noise")
+            yield Rule(partial(check_holds_scores, checkpoint), "scores of an untrained head are noise")
         architecture = checkpoint.manifest.architecture_for(role.kind)
         yield from architecture_rules(config, architecture, f"the {role.name} ({checkpoint.folder})")
     for role in roles[1:]:
@@ -178,12 +178,12 @@ def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
         )
 
 
-def check_is_reward_run(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the checkpoint holds a reward model."""
-    if checkpoint.manifest.stage != "reward":
+def check_holds_scores(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the checkpoint holds a reward model: a trained one, or one that was converted."""
+    if "value" not in checkpoint.manifest.models:
         raise CheckpointError(
-            f"{checkpoint.folder}: `reward_model` must be a run of the stage reward, got one of "
-            f"{checkpoint.manifest.stage}; its head would score at random"
+            f"{checkpoint.folder}: `reward_model` must be a run of the stage reward, or convert of a reward model, got "
+            f"one of {checkpoint.manifest.stage}; its head would score at random"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
-from rto_megatron.config.run import DPORun, RewardRun, SFTRun
+from rto_megatron.config.run import ConvertRun, DPORun, RewardRun, SFTRun
 from rto_megatron.data.readers import Dropped
 from rto_megatron.data.sampler import batch_rows, shard
 from rto_megatron.data.tokenizer import Tokenizer
@@ -167,7 +167,9 @@ def evaluate(
     return task.summarise(task.make_loss(batch)(outputs, batch)[1].double())
 
 
-def score_rows(model: Any, batch: Any, forward: Forward, config: SupervisedRun, mesh: Mesh, *, unit: int = 1) -> Tensor:
+def score_rows(
+    model: Any, batch: Any, forward: Forward, config: SupervisedRun | ConvertRun, mesh: Mesh, *, unit: int = 1
+) -> Tensor:
     """`forward` of all rows, shared out over the replicas; all rows on every rank."""
     index = [unit * i + j for i in share_of(len(batch) // unit, mesh) for j in range(unit)]
     picked = batch.rows(index)

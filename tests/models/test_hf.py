@@ -268,9 +268,9 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks(folders, tmp_path):
     first, second = run_ranks(messages, 2, paths)
     assert first == second
     for name, words in {
-        "missing": "lacks model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM needs with 4 layers",
+        "missing": "lacks model.layers.2.mlp.up_proj.weight, which LlamaForCausalLM with 4 layers needs",
         "no_head": "lacks lm_head.weight, .*; set tie_word_embeddings",
-        "left": "has model.layers.4.mlp.up_proj.weight, which LlamaForCausalLM has no place for with 4 layers",
+        "left": "has model.layers.4.mlp.up_proj.weight, which LlamaForCausalLM with 4 layers has no place for",
         "vocabulary": r"model.embed_tokens.weight must have the shape \[131, 32\] by config.json, got \[130, 32\]",
         "shape": r"layers.3.self_attn.k_proj.weight must have the shape \[16, 32\] by config.json, got \[32, 32\]",
         "cut": "model.safetensors: must be a complete safetensors file",

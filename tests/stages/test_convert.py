@@ -92,7 +92,10 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(chain, tmp_path)
         "out .*/hf: must not exist, and does": ConvertRun(source=hf, out=hf),
         "the tokenizer does not fit the weights: it has .* tokens and": ConvertRun(source=misfit, out=out),
         "lame/model.safetensors: must be a complete safetensors file": ConvertRun(source=lame, out=out),
-        "must hold a policy to be written out, holds value": ConvertRun(source=chain / "reward", out=out),
+        "must hold the role policy to write it out, holds value": ConvertRun(
+            source=chain / "reward", out=out, role="policy"
+        ),
+        "role must be null where a Hugging Face folder is brought in": ConvertRun(source=hf, out=out, role="policy"),
         "chat_template must be null where a run is written out": ConvertRun(
             source=chain / "sft", out=out, chat_template=tmp_path / "template.jinja"
         ),

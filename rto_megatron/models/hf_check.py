@@ -1,0 +1,296 @@
+"""Whether a Hugging Face folder and a live Megatron model are the same model: tensor by tensor, and in what they say.
+
+The two ways to the numbers share nothing but the files: transformers builds the model from the folder's config.json
+and runs it on one process, ours runs in its layout. So a mistake in a table, a config or a file shows here.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from rto_megatron.algorithms.sequences import position_ids
+from rto_megatron.batch import SFTBatch
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.data.collate import collate_sft
+from rto_megatron.data.readers import SFTRow
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.collectives import broadcast_object, gather_objects
+from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.replica import gather_over_tensor
+from rto_megatron.distributed.runtime import is_main
+from rto_megatron.distributed.step import Forward, head_outputs, score
+from rto_megatron.errors import CheckpointError
+from rto_megatron.models.heads import ScalarModel
+from rto_megatron.models.hf_config import config_from_hf, scoring_from_hf
+from rto_megatron.models.hf_export import hf_tensors
+from rto_megatron.models.hf_tables import SCORE_BIAS
+from rto_megatron.models.hf_weights import HuggingFaceFolder
+
+TEXTS = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
+    "wife. However little known the feelings or views of such a man may be on his first entering a neighbourhood, this "
+    "truth is so well fixed in the minds of the surrounding families, that he is considered the rightful property of "
+    "some one or other of their daughters.",
+    "We hold these truths to be self-evident, that all men are created equal.",
+    "Call me Ishmael.",
+    "Nel mezzo del cammin di nostra vita mi ritrovai per una selva oscura, ché la diritta via era smarrita.",
+    "道可道，非常道。名可名，非常名。",  # noqa: RUF001 - as it is written
+    "a = 0\nb = 1\nwhile b < 1000:\n    print(b, end=', ')\n    a, b = b, a + b\n",
+)
+"""Long and short, prose and code, three scripts; out of copyright (Austen, Jefferson, Melville, Dante, Laozi)."""
+
+MAX_TOKENS = 64
+"""Of one text."""
+
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+"""Largest difference that is allowed, as a share of the largest logit or score (at least 1), by the live model's dtype.
+
+The same weights in another order of summation differ by 1e-6 of the largest logit in float32; bfloat16, which
+transformers is not asked to compute in, rounds every activation to 1 part in 256."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How close the two came."""
+
+    what: str
+    """logits or scores."""
+    difference: float
+    """The largest, in nats or reward-model units."""
+    allowed: float
+    """Likewise."""
+
+    def __str__(self) -> str:
+        return (
+            f"transformers agrees: every tensor is equal, and the {self.what} of {len(TEXTS)} texts differ by at most "
+            f"{self.difference:.2g} ({self.allowed:.2g} is allowed)"
+        )
+
+
+def check_hf(
+    model: MegatronModule, config: ModelConfig, folder: Path, tokenizer: Tokenizer, mesh: Mesh, *, rows_at_once: int
+) -> Agreement:
+    """Compare a folder with the live model: every tensor, config.json, and the logits or scores of real text.
+
+    The main rank holds the whole model in float32 meanwhile.
+
+    Args:
+        rows_at_once: texts in one forward pass of the live model.
+
+    Raises:
+        CheckpointError: they differ; with the first tensor, setting or layer that does.
+    """
+    _stop_if(_differing_tensor(model, config, folder), folder)
+    _stop_if(_on_main(lambda: _differing_setting(config, folder)), folder)
+    batch = text_rows(tokenizer, config)
+    ask = head_outputs if isinstance(model, ScalarModel) else token_logits(config)
+    live = score(model, batch.to(mesh.device), ask, mesh, micro_batch_size=rows_at_once)
+    dtype = model.config.params_dtype
+    found = _on_main(lambda: _distance(folder, batch, live.cpu(), dtype))
+    if isinstance(found, str):
+        _stop_if(found, folder)
+    difference, scale = found
+    what = "scores" if isinstance(model, ScalarModel) else "logits"
+    agreement = Agreement(what=what, difference=difference, allowed=TOLERANCES[dtype] * max(1.0, scale))
+    if not difference <= agreement.allowed:  # NaN is no agreement
+        _stop_if(
+            f"transformers gives other {what} than the live model: they differ by up to {difference:.3g}, allowed is "
+            f"{agreement.allowed:.3g}; all tensors and settings agree, and the first output that does not is that of "
+            f"{_differing_layer(model, folder, batch, ask, mesh)}",
+            folder,
+        )
+    return agreement
+
+
+def text_rows(tokenizer: Tokenizer, config: ModelConfig) -> SFTBatch:
+    """TEXTS as rows that close with EOS, where a score is read; cut to what the model can see."""
+    longest = min(MAX_TOKENS, config.max_length) - 1
+    rows = [[id for id in tokenizer.encode(text) if id != tokenizer.pad_id][:longest] for text in TEXTS]
+    return collate_sft(
+        [SFTRow(prompt_ids=ids[:1], response_ids=[*ids[1:], tokenizer.eos_id]) for ids in rows], tokenizer.pad_id
+    )
+
+
+def token_logits(config: ModelConfig) -> Forward:
+    """A policy's logits of the true vocabulary, [B, T, V]; column t has seen token t. For a few short texts only."""
+
+    def ask(model: Any, batch: Any) -> Tensor:
+        out = model(batch.tokens, position_ids(batch.tokens), None)
+        if not model.post_process:
+            return out
+        return torch.cat(list(gather_over_tensor(out, model.pg_collection.tp)), -1)[..., : config.vocab_size]
+
+    return Forward(ask, depth=(config.vocab_size,))
+
+
+def _stop_if(problem: str | None, folder: Path) -> None:
+    if problem is not None:
+        raise CheckpointError(f"{folder}: {problem}")
+
+
+def _on_main(action: Callable[[], Any]) -> Any:
+    """What `action` gives on rank 0, on every rank; the message where it raises a CheckpointError."""
+    found = None
+    if is_main():
+        try:
+            found = action()
+        except CheckpointError as error:
+            found = str(error)
+    return broadcast_object(found)
+
+
+def _differing_tensor(model: MegatronModule, config: ModelConfig, folder: Path) -> str | None:
+    """The first tensor whose file holds other numbers than the live model, in words; all ranks must call."""
+    problem = None
+    for name, live in hf_tensors(model, config):  # to its end in any case: the other ranks are sending
+        try:
+            problem = problem or _difference(HuggingFaceFolder(folder), name, live)
+        except CheckpointError as error:
+            problem = str(error)
+        del live
+    return broadcast_object(problem)
+
+
+def _difference(source: HuggingFaceFolder, name: str, live: Tensor) -> str | None:
+    if name not in source.names:
+        return f"{name}, which the live model has, is not there"
+    if source.shape(name) != tuple(live.shape):
+        return f"{name} has the shape {list(source.shape(name))}, in the live model {list(live.shape)}"
+    stored = source.read(name).to(live.dtype)
+    if torch.equal(stored, live):
+        return None
+    largest = (stored.double() - live.double()).abs().max()
+    return f"{name} is the first tensor that differs from the live model's, by up to {largest:.3g}"
+
+
+def _differing_setting(config: ModelConfig, folder: Path) -> str | None:
+    """The first field of the architecture that config.json gives another value, in words."""
+    theirs, ours = (replace(c, head_dim=c.kv_channels) for c in (config_from_hf(folder), config))
+    for field in fields(ModelConfig):
+        got, want = getattr(theirs, field.name), getattr(ours, field.name)
+        if got != want:
+            return f"config.json says {field.name} {got}, the live model has {want}"
+    return None
+
+
+def _distance(folder: Path, batch: SFTBatch, live: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest difference of logits or scores, and the largest of transformers' own.
+
+    Args:
+        live: [B, T, V] logits or [B, T] head outputs of the live model, on the CPU.
+        dtype: of the live model: transformers' weights are rounded to it too, and then computed with in float32.
+
+    Raises:
+        CheckpointError: transformers cannot load the folder, or leaves tensors out.
+    """
+    theirs, scoring = open_in_transformers(folder, dtype), scoring_from_hf(folder)
+    difference = scale = 0.0
+    for tokens, num_tokens, ours in zip(batch.tokens, batch.num_tokens.tolist(), live, strict=True):
+        with torch.no_grad():
+            logits = theirs(input_ids=tokens[None, :num_tokens]).logits[0]
+        if scoring:  # transformers' head has no bias, and is read at the last token
+            logits, ours = logits + scoring.bias, ours[num_tokens - 1 : num_tokens]
+        difference = max(difference, (logits - ours[:num_tokens]).abs().max().item(), key=_nan_first)
+        scale = max(scale, logits.abs().max().item(), key=_nan_first)
+    return difference, scale
+
+
+def _nan_first(x: float) -> float:
+    """A key by which NaN is the largest."""
+    return float("inf") if x != x else x
+
+
+def open_in_transformers(folder: Path, dtype: torch.dtype) -> Any:
+    """The folder's model in transformers, with weights rounded to `dtype`, in float32 on the CPU.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or not all of it.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification if scoring_from_hf(folder) else AutoModelForCausalLM
+    try:
+        with _quiet():
+            model, report = auto.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # transformers raises whatever its parsers raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"transformers cannot load it: {reason}") from None
+    absent = sorted(report["missing_keys"])
+    if absent:
+        raise CheckpointError(f"transformers looks for {absent[0]}, which is not there; it would be random")
+    ignored = sorted(set(report["unexpected_keys"]) - {SCORE_BIAS, "lm_head.weight"})
+    if ignored:
+        raise CheckpointError(f"transformers has no place for {ignored[0]}, and would leave it out")
+    return model.float().eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and reports: what is wrong is said in an error."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _differing_layer(model: Any, folder: Path, batch: SFTBatch, ask: Forward, mesh: Mesh) -> str:
+    """The first module, by Hugging Face name, whose output differs on the longest text; all ranks must call."""
+    row, dtype = batch.rows([int(batch.num_tokens.argmax())]), model.config.params_dtype
+    modules = {"model.embed_tokens": model.embedding} if model.pre_process else {}
+    modules |= {f"model.layers.{layer.layer_number - 1}": layer for layer in model.decoder.layers}
+    modules |= {"model.norm": model.decoder.final_layernorm} if model.post_process else {}
+    with _outputs_of(modules) as mine:
+        score(model, row.to(mesh.device), ask, mesh, micro_batch_size=1)
+    if model.config.sequence_parallel:  # each tensor rank has its share of the tokens
+        mine = {name: torch.cat(list(gather_over_tensor(x, mesh.tensor.group))) for name, x in mine.items()}
+    told = {name: x[: row.tokens.shape[1], 0].float().cpu() for name, x in mine.items()}
+    live = {name: x for part in gather_objects(told) for name, x in part.items()}
+
+    def compare() -> str:
+        theirs = open_in_transformers(folder, dtype)
+        layers = {f"model.layers.{i}": layer for i, layer in enumerate(theirs.model.layers)}
+        modules = {"model.embed_tokens": theirs.model.embed_tokens, **layers, "model.norm": theirs.model.norm}
+        with _outputs_of(modules) as outputs, torch.no_grad():
+            theirs(input_ids=row.tokens)
+        for name, output in outputs.items():
+            # token by token: on some tokens a few numbers are a thousand times as large as all others
+            distance = (output[0] - live[name]).norm(dim=-1) / output[0].norm(dim=-1)
+            if not distance.max() <= TOLERANCES[dtype]:
+                return name
+        return "the head"
+
+    return _on_main(compare)
+
+
+@contextmanager
+def _outputs_of(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """What each module gives in the block's forward pass; of several outputs the first."""
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -83,9 +83,9 @@ def test_a_missing_file_is_found_and_named(chain, tmp_path):
         (lambda run, folder: (folder.parent / "latest.txt").unlink(), "holds no finished checkpoint"),
         (lambda run, folder: (folder / "checkpoint.json").write_text("{"), "checkpoint.json: cannot be read"),
         (lambda run, folder: (folder / "integrity.json").unlink(), "is not complete, integrity.json is missing"),
-        (lambda run, folder: (folder / "checkpoint.json").write_text("[]"), "checkpoint.json: format must be 2"),
+        (lambda run, folder: (folder / "checkpoint.json").write_text("[]"), "checkpoint.json: format must be 3"),
         (
-            lambda run, folder: (folder / "checkpoint.json").write_text('{"format": 2}'),
+            lambda run, folder: (folder / "checkpoint.json").write_text('{"format": 3}'),
             "checkpoint.json: changed since it was saved; the checkpoint is damaged, restore it or train again",
         ),
         (

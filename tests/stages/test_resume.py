@@ -85,7 +85,7 @@ def result(run_dir: Path) -> tuple[dict, list]:
     hashes = json.loads((folder / "integrity.json").read_text())["files"]
     rows = [json.loads(line) for line in (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()]
     rows = [{name: value for name, value in row.items() if not name.startswith(UNEQUAL)} for row in rows]
-    return {name: digest for name, digest in hashes.items() if name.endswith(".distcp")}, rows
+    return {name: digest for name, digest in hashes.items() if name.endswith((".distcp", ".pt"))}, rows
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,212 @@
+"""Proof, for the user's own config, that a run which is killed goes on exactly: a few steps, run four ways.
+
+    straight    never interrupted: what the others are compared with
+    resumed     killed by SIGKILL half-way, and the same command again: must be equal to the last bit
+    cold        weights of half-way with fresh optimizers: must differ, or the comparison sees nothing
+    one rank    the other half on one rank: must agree within 1e-5 (where the run has several)
+
+Each is a world of its own processes, as a cluster would start it. Nothing is written but below RUN_DIR/verify-resume.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+
+from rto_megatron.config.load import load_any
+from rto_megatron.config.run import RTORun
+from rto_megatron.distributed.checkpoint import TRACKER, Checkpoint, open_checkpoint
+from rto_megatron.distributed.runtime import environment_alone, start_runtime, world_size
+from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.metrics import Console
+from rto_megatron.stages.resume import TrainingRun
+
+OTHER_LAYOUT = 1e-5
+"""Largest difference of a weight on another layout, as a share of 1 + its size (float32)."""
+
+MEASURED = ("time/", "speed/", "checkpoint/")
+"""Metrics of the machine, not of the run."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one run's end to that of the straight one."""
+
+    weights: float
+    optimizers: float
+    metrics: float
+
+    @property
+    def is_zero(self) -> bool:
+        return not (self.weights or self.optimizers or self.metrics)
+
+
+def main(path: Path | None, words: list[str]) -> int:
+    """Run the four, print the table, write verify-resume.json; 0 if the proof holds, 3 if not.
+
+    Raises:
+        ConfigError: the config is not that of a training stage, or this is one of several ranks.
+    """
+    if world_size() > 1:
+        raise ConfigError("verify-resume starts its ranks itself: run it with plain python, and give --ranks=N")
+    parser = argparse.ArgumentParser(prog="python -m rto_megatron verify-resume RUN.yaml", allow_abbrev=False)
+    parser.add_argument("--ranks", type=int, default=0, help="processes of a run; tensor x pipeline if not given")
+    parser.add_argument("--steps", type=int, default=4, help="steps of the straight run, 2 or more")
+    options, rest = parser.parse_known_args(words)
+    if options.steps < 2:
+        raise ConfigError(f"--steps must be 2 or more, got {options.steps}: a run is killed half-way")
+    stage, config = load_any(path, rest)
+    if not isinstance(config, TrainingRun):
+        raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {stage}")
+    ranks = options.ranks or config.parallel.tensor * config.parallel.pipeline
+    return Proof(stage, path, rest, config, ranks=ranks, steps=options.steps).run()
+
+
+class Proof:
+    """The four runs and their comparison."""
+
+    def __init__(
+        self, stage: str, path: Path | None, words: list[str], config: TrainingRun, *, ranks: int, steps: int
+    ) -> None:
+        self.stage, self.path, self.config, self.ranks, self.steps = stage, path, config, ranks, steps
+        self.half = steps // 2
+        self.folder = config.run_dir / "verify-resume"
+        length = f"--num_steps={steps}" if isinstance(config, RTORun) else f"--train.max_steps={steps}"
+        self.words = [*words, length, "--checkpoint.save_every=1", "--checkpoint.keep_last=null"]
+        self.console = Console()
+
+    def run(self) -> int:
+        """All of it; the exit code."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.console.say(f"{self.stage}, {self.steps} steps on {self.ranks} rank(s), logs and runs in {self.folder}")
+        self._go("straight")
+        self._go("resumed", kill_after=self.half)
+        killed_after = open_checkpoint(self.folder / "resumed").manifest.step
+        self._go("resumed")
+        self._from_half("cold")
+        self._go("cold", "--checkpoint.resume=weights")
+        rows = [("resumed", f"killed after step {killed_after}", 0.0), ("cold", "fresh optimizers", None)]
+        if self.ranks > 1:
+            self._from_half("one-rank")
+            alone = ["--parallel.tensor=1", "--parallel.pipeline=1", "--parallel.sequence=false"]
+            self._go("one-rank", *alone, ranks=1)
+            rows.append(("one-rank", f"from {self.ranks} ranks to 1", OTHER_LAYOUT))
+        start_runtime(threads=1)
+        return self._report(rows)
+
+    def _go(self, name: str, *words: str, ranks: int = 0, kill_after: int | None = None) -> None:
+        """Start a run and wait for its end, or kill it once the checkpoint of a step is named."""
+        run_dir, log = self.folder / name, self.folder / f"{name}.log"
+        start = ["-m", "rto_megatron", self.stage, *([str(self.path)] if self.path else [])]
+        launcher = ["-m", "rto_megatron.launch", "--standalone", f"--nproc-per-node={ranks or self.ranks}"]
+        command = [sys.executable, *launcher, *start, *self.words, f"--run_dir={run_dir}", *words]
+        self.console.say(f"{name}{' (to be killed)' if kill_after else ''} ...")
+        with log.open("a") as out:
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment_alone(), start_new_session=True)
+            try:
+                while process.poll() is None and not (kill_after and self._step(run_dir) >= kill_after):
+                    time.sleep(0.02)
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        if kill_after is None and process.returncode:
+            last = "\n".join(log.read_text().splitlines()[-15:])
+            raise UserError(f"{log}: the run ended with exit code {process.returncode}; its last lines:\n{last}")
+        if kill_after and process.returncode == 0:
+            raise UserError(f"{run_dir}: the run ended before it could be killed; give more --steps")
+
+    def _step(self, run_dir: Path) -> int:
+        """Of the newest checkpoint that has a name; 0 where there is none."""
+        try:
+            return int((run_dir / "checkpoints" / TRACKER).read_text().strip().removeprefix("step_").partition(".")[0])
+        except FileNotFoundError:
+            return 0
+
+    def _from_half(self, name: str) -> None:
+        """A run folder that looks as if the straight run had been killed half-way."""
+        root, source = self.folder / name / "checkpoints", self.folder / "straight" / "checkpoints"
+        step = f"step_{self.half:08d}"
+        shutil.copytree(source / step, root / step)
+        (root / TRACKER).write_text(step + "\n")
+        shutil.copytree(self.folder / "straight" / "tensorboard", self.folder / name / "tensorboard")
+
+    def _report(self, rows: Sequence[tuple[str, str, float | None]]) -> int:
+        straight, table, holds = open_checkpoint(self.folder / "straight"), [], True
+        for name, how, tolerance in rows:
+            found = self._difference(straight, open_checkpoint(self.folder / name))
+            if tolerance is None:
+                good, verdict = not found.is_zero, "differs, as it must" if not found.is_zero else "EQUAL: not a proof"
+            elif tolerance == 0:
+                good, verdict = found.is_zero, "equal to the last bit" if found.is_zero else "DIFFERS"
+            else:
+                good = found.weights <= tolerance
+                verdict = f"within {tolerance:g}" if good else f"NOT within {tolerance:g}"
+            holds &= good
+            table.append((name, how, found.weights, found.optimizers, found.metrics, verdict))
+        columns = ("run", "how", "weights", "optimizers", "metrics", "verdict")
+        self.console.table("largest differences from the straight run, as shares of 1 + |value|", columns, table)
+        text = json.dumps([dict(zip(columns, row, strict=True)) for row in table], indent=1)
+        (self.folder / "verify-resume.json").write_text(text + "\n")
+        if holds:
+            for name in ("straight", *(row[0] for row in rows)):
+                shutil.rmtree(self.folder / name)
+        self.console.say("a run of this config goes on exactly" if holds else f"it does NOT: compare in {self.folder}")
+        return 0 if holds else 3
+
+    def _difference(self, straight: Checkpoint, other: Checkpoint) -> Difference:
+        if straight.manifest.step != other.manifest.step:
+            raise UserError(f"{other.folder}: is not the last step of its run")
+        weights, optimizers = 0.0, 0.0
+        for role in straight.manifest.models:
+            weights = max(weights, largest_difference(straight.folder / role, other.folder / role))
+        for role in straight.manifest.optimizers:
+            folders = (checkpoint.folder / f"{role}_optimizer" for checkpoint in (straight, other))
+            optimizers = max(optimizers, largest_difference(*folders))
+        mine, its = (_rows(self.folder / run / "tensorboard") for run in ("straight", other.folder.parents[1].name))
+        metrics = float("inf") if [row.keys() for row in mine] != [row.keys() for row in its] else 0.0
+        if not metrics:
+            for row, same in zip(mine, its, strict=True):
+                metrics = max(metrics, *(abs(row[name] - same[name]) / (1 + abs(row[name])) for name in row))
+        return Difference(weights, optimizers, metrics)
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Of all numbers of two checkpoint folders: max |a - b| / (1 + |a|); infinite where one has others."""
+    mine, its = (dict(_leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
+    if mine.keys() != its.keys():
+        return float("inf")
+    largest = 0.0
+    for name, value in mine.items():
+        exact = torch.as_tensor(value).double()
+        if exact.numel():
+            largest = max(largest, ((exact - torch.as_tensor(its[name]).double()).abs() / (1 + exact.abs())).max().item())
+    return largest
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers of a nested state, by path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _leaves(item, f"{name}/{key}")
+    elif isinstance(value, Tensor | int | float):
+        yield name, value
+
+
+def _rows(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{n: v for n, v in json.loads(line).items() if not n.startswith(MEASURED)} for line in lines]

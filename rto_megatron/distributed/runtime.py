@@ -110,6 +110,12 @@ def is_main_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
+def environment_alone() -> dict[str, str]:
+    """This process's environment without what torchrun put into it: for a child that is no rank of this world."""
+    ours = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
 def prepare_imports() -> None:
     """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras."""
     check_transformer_engine()

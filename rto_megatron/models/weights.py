@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.data.sampler import stream_seed
+from rto_megatron.distributed.optimizer import Trainable, optimizer_state
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,29 @@ def shards(model: MegatronModule) -> Iterator[Shard]:
     apply_factories(state)
     for tensor in nested_values(state):
         if isinstance(tensor, ShardedTensor):
-            yield _shard(tensor)
+            yield _shard(tensor, tensor.key)
 
 
-def _shard(tensor: ShardedTensor) -> Shard:
-    key, layer, skip = tensor.key, None, tensor.prepend_axis_num
+def optimizer_shards(trainable: Trainable) -> dict[str, list[Shard]]:
+    """What the optimizer keeps beside each weight this rank holds, by kind, under the weight's own name.
+
+    Kinds are `exp_avg` and `exp_avg_sq`, and `master` where there are float32 copies of the weights. Every kind
+    is whole on every data-parallel rank, so all of them must call.
+    """
+    state = optimizer_state(trainable)
+    apply_factories(state)
+    kinds: dict[str, list[Shard]] = {}
+    for tensor in nested_values(state):
+        if isinstance(tensor, ShardedTensor):
+            kind, key = tensor.key.removeprefix("optimizer.state.").split(".", 1)
+            # two names, one for each of Megatron's optimizers
+            kind = "master" if kind in ("param", "fp32_param") else kind
+            kinds.setdefault(kind, []).append(_shard(tensor, key))
+    return kinds
+
+
+def _shard(tensor: ShardedTensor, key: str) -> Shard:
+    layer, skip = None, tensor.prepend_axis_num
     if named := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", key):
         layer, key = int(named[1]), "decoder.layers.{i}." + named[2]
     elif key.startswith("decoder.layers."):  # all layers under one name, the layer as first axis

@@ -80,3 +80,10 @@ def build_chain(folder: Path) -> None:
     """sft, dpo and reward, in one process."""
     for stage in ("sft", "dpo", "reward"):
         run_stage(stage, folder, [])
+
+
+def build_small_reward(folder: Path, out: Path) -> None:
+    """A reward run at `out`/reward of half the chain's width and depth, from an SFT run beside it."""
+    short, size = "--train.max_steps=1", ["--model.hidden_size=16", "--model.num_layers=2"]
+    run_stage("sft", folder, [f"--run_dir={out}/sft", short, *size])
+    run_stage("reward", folder, [f"--run_dir={out}/reward", f"--start={out}/sft", short])

@@ -1,7 +1,7 @@
 import pytest
 
 from tests.ranks import run_ranks
-from tests.stages.chain import build_chain, write_inputs
+from tests.stages.chain import build_chain, build_small_reward, write_inputs
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +11,11 @@ def chain(tmp_path_factory):
     write_inputs(folder)
     run_ranks(build_chain, 1, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_reward(chain, tmp_path_factory):
+    """A reward run whose model is smaller than the chain's, with the chain's tokenizer."""
+    folder = tmp_path_factory.mktemp("small")
+    run_ranks(build_small_reward, 1, chain, folder)
+    return folder / "reward"

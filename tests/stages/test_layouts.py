@@ -15,6 +15,11 @@ LAYOUTS = {
     "pipeline 2": (2, ["--parallel.pipeline=2"]),
     "data 2": (2, []),
     "tensor 2 x pipeline 2": (4, ["--parallel.tensor=2", "--parallel.pipeline=2"]),
+    "tensor 2 x pipeline 2, sequence parallel": (
+        4,
+        ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.sequence=true"],
+    ),
+    "data 2 x tensor 2": (4, ["--parallel.tensor=2"]),
 }
 
 
@@ -59,16 +64,29 @@ def single(chain):
 def test_one_step_equals_the_single_rank_step(name, single, chain):
     world, words = LAYOUTS[name]
     for result in run_ranks(one_step, world, chain, words, timeout=240):
-        assert torch.equal(result["tokens"], single["tokens"])
-        for key in ("rewards", "log_probs", "values", "returns"):
-            torch.testing.assert_close(result[key], single[key], rtol=0, atol=1e-5)
-        torch.testing.assert_close(result["advantages"], single["advantages"], rtol=0, atol=1e-4)
-        assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
-        assert set(result["weights"]) == set(single["weights"])
-        for key, weight in single["weights"].items():
-            # Adam's first step is lr * sign(g) where g is rounding noise, so such entries may differ by 2 lr
-            close = (result["weights"][key] - weight).abs() <= 1e-5
-            assert close.float().mean() > 0.999, f"{key}: {(~close).sum()} of {close.numel()} entries differ"
+        assert_same_step(result, single)
+
+
+def assert_same_step(result, single):
+    assert torch.equal(result["tokens"], single["tokens"])
+    for key in ("rewards", "log_probs", "values", "returns"):
+        torch.testing.assert_close(result[key], single[key], rtol=0, atol=1e-5)
+    torch.testing.assert_close(result["advantages"], single["advantages"], rtol=0, atol=1e-4)
+    assert result["norms"] == pytest.approx(single["norms"], rel=1e-4)
+    assert set(result["weights"]) == set(single["weights"])
+    for key, weight in single["weights"].items():
+        # Adam's first step is lr * sign(g) where g is rounding noise, so such entries may differ by 2 lr
+        close = (result["weights"][key] - weight).abs() <= 1e-5
+        assert close.float().mean() > 0.999, f"{key}: {(~close).sum()} of {close.numel()} entries differ"
+
+
+def test_a_smaller_reward_model_and_critic_give_the_same_step_on_every_layout(chain, small_reward):
+    words = [f"--reward_model={small_reward}"]
+    alone = run_ranks(one_step, 1, chain, words)[0]
+    widths = [weight.shape[-1] for name, weight in alone["weights"].items() if "word_embeddings" in name]
+    assert sorted(widths) == [16, 32]
+    for result in run_ranks(one_step, 2, chain, [*words, "--parallel.pipeline=2"]):
+        assert_same_step(result, alone)
 
 
 def test_ppo_is_rto_with_the_dpo_coefficient_0_bit_for_bit(single, chain):

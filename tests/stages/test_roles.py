@@ -40,6 +40,31 @@ def test_a_critic_goes_on_from_the_critic_of_an_earlier_run(chain, tmp_path):
     assert any(not torch.equal(loaded[name], policy[name]) for name in critic.keys() & policy.keys())
 
 
+def rto_after_rto(chain, folder, reward):
+    """A run of RTO with a reward model, and so a critic, of another size; another from its policy and critic."""
+    first, second = f"{folder}/first", f"{folder}/second"
+    words = ["--parallel.tensor=2", "--num_steps=1", f"--reward_model={reward}"]
+    run_stage("rto", chain, [*words, f"--run_dir={first}"])
+    run_stage("rto", chain, [*words, f"--run_dir={second}", f"--policy={first}", f"--critic={first}"])
+
+
+def test_rto_goes_on_from_policy_and_critic_of_an_rto_run(chain, small_reward, tmp_path):
+    from rto_megatron.distributed.checkpoint import open_checkpoint
+
+    run_ranks(rto_after_rto, 2, chain, tmp_path, small_reward)
+    judge, first, second = (open_checkpoint(run) for run in (small_reward, tmp_path / "first", tmp_path / "second"))
+    assert first.manifest.parents["critic"] == first.manifest.parents["reward_model"] == judge.id
+    assert second.manifest.parents["policy"] == second.manifest.parents["critic"] == first.id
+    for run in (first, second):
+        assert {role: model.hidden_size for role, model in run.manifest.models.items()} == {"policy": 32, "critic": 16}
+    # The first policy starts as the reference itself, the second as what the first has become.
+    starts = [
+        json.loads((tmp_path / name / "tensorboard" / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("first", "second")
+    ]
+    assert starts[0]["eval/kl"] == 0 != starts[1]["eval/kl"]
+
+
 def refusals_of_a_reward_run(chain, folder):
     """What each stage says that is given a reward run where its policy, or its start, should be."""
     reward, run_dir, messages = f"{chain}/reward", f"--run_dir={folder}/run", []

@@ -25,10 +25,11 @@ STOPPED = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
 COMMANDS = {
-    "verify-resume": "verify_resume",
+    "doctor": "doctor.command",
+    "verify-resume": "stages.verify_resume",
 }
-"""What looks at the run of a stage and does not train it -> module of stages/ with `main(path, words)`, which returns
-the exit code."""
+"""What looks at the run of a stage and does not train it -> module with `main(path, words)`, which returns the exit
+code."""
 
 USAGE = f"""usage: python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
        torchrun --nproc-per-node N -m rto_megatron STAGE RUN.yaml [--section.field=value ...]
@@ -67,8 +68,9 @@ def _run(stage: str, words: list[str]) -> int:
         raise ConfigError(f"the stage must be one of {', '.join(STAGES)} (or {', '.join(COMMANDS)}), got {stage!r}")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     if stage in COMMANDS:
-        prepare_imports()
-        return importlib.import_module(f"rto_megatron.stages.{COMMANDS[stage]}").main(path, words)
+        if stage != "doctor":  # which tells what keeps Megatron from being imported
+            prepare_imports()
+        return importlib.import_module(f"rto_megatron.{COMMANDS[stage]}").main(path, words)
     config = load_run(stage, path, words)
     prepare_imports()
     # after prepare_imports, because importing a stage imports Megatron

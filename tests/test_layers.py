@@ -22,6 +22,7 @@ LAYERS = [
     "rollout",
     "schedule",
     "stages",
+    "doctor",
     "report",
     "__main__",
 ]

@@ -99,7 +99,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder}/checkpoint.json: cannot be read ({error})") from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{folder}/checkpoint.json: format must be {FORMAT}; it was written by another version")
+        raise CheckpointError(
+            f"{folder}/checkpoint.json: format must be {FORMAT}, but it was written by another version; train it "
+            "again, or convert it to a Hugging Face folder with that version, and back with this one"
+        )
     if hashlib.sha256(text).hexdigest() != written_hashes(folder).get("checkpoint.json"):
         raise CheckpointError(_changed(folder / "checkpoint.json"))
     models = {role: _architecture(model) for role, model in raw.pop("models").items()}

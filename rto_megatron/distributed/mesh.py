@@ -81,7 +81,7 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
 def check_seed(seed: int) -> None:
     """Raise ConfigError unless torch can take the seed, to which each stage adds."""
     if not 0 <= seed < 2**63:
-        raise ConfigError(f"seed must be 0 or more and below 2^63, got {seed}")
+        raise ConfigError(f"seed must be 0 or more and below 2^63, got {seed}; torch takes no more bits")
 
 
 def seed_streams(seed: int, mesh: Mesh) -> None:

@@ -30,12 +30,17 @@ def run(config: ConvertRun, runtime: Runtime) -> None:
     """Bring Hugging Face weights into a run folder, or write a run's model for transformers; `source` decides."""
     inward = is_hugging_face(config.source)
     mesh, console = build_mesh(config.parallel, runtime, seed=0), Console(is_main())
-    if config.out.exists():
-        raise ConfigError(f"out {config.out}: must not exist, and does; name another folder or remove it")
+    check_out(config.out)
     _check_direction(config, inward=inward)
     barrier()  # before any rank writes there
     (_bring_in if inward else _write_out)(config, mesh, console)
     console.say(f"{config.source} -> {config.out}")
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError if something is there already."""
+    if out.exists():
+        raise ConfigError(f"out {out}: must not exist, and does; name another folder or remove it")
 
 
 def is_hugging_face(source: Path) -> bool:

@@ -174,7 +174,7 @@ def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
     if kind == "policy" and "policy" not in checkpoint.manifest.models:
         raise CheckpointError(
             f"{checkpoint.folder}: a policy must start from a run of sft, dpo, rto, ppo or convert, got one of "
-            f"{checkpoint.manifest.stage}, which holds none"
+            f"{checkpoint.manifest.stage}, which holds none; name such a run"
         )
 
 
@@ -183,7 +183,7 @@ def check_holds_scores(checkpoint: Checkpoint) -> None:
     if "value" not in checkpoint.manifest.models:
         raise CheckpointError(
             f"{checkpoint.folder}: `reward_model` must be a run of the stage reward, or convert of a reward model, got "
-            f"one of {checkpoint.manifest.stage}; its head would score at random"
+            f"one of {checkpoint.manifest.stage}, whose head would score at random; name a reward run"
         )
 
 

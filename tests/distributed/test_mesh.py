@@ -78,4 +78,6 @@ def message_of_a_seed(seed):
 
 @pytest.mark.parametrize("seed", [-1, 2**63])
 def test_a_seed_that_torch_cannot_take_is_the_users_mistake(seed):
-    assert run_ranks(message_of_a_seed, 1, seed) == [f"seed must be 0 or more and below 2^63, got {seed}"]
+    assert run_ranks(message_of_a_seed, 1, seed) == [
+        f"seed must be 0 or more and below 2^63, got {seed}; torch takes no more bits"
+    ]

@@ -84,7 +84,7 @@ def test_a_reward_run_is_no_policy_even_where_embeddings_are_tied(chain, tmp_pat
     [messages] = run_ranks(refusals_of_a_reward_run, 1, chain, tmp_path)
     rule = "a policy must start from a run of sft, dpo, rto, ppo or convert, got one of reward, which holds none"
     for message in messages:
-        assert message.startswith(f"{chain}/reward/") and message.endswith(f": {rule}")
+        assert message.startswith(f"{chain}/reward/") and message.endswith(f": {rule}; name such a run")
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,47 @@
+"""Can a conversion read its source, and does what it would build fit the layout."""
+
+from functools import partial
+
+from rto_megatron.config.run import ConvertRun
+from rto_megatron.data.tokenizer import check_vocabulary, load_tokenizer
+from rto_megatron.distributed.checkpoint import open_checkpoint
+from rto_megatron.doctor.findings import Section
+from rto_megatron.models.hf_config import config_from_hf
+from rto_megatron.stages.convert import check_out, is_hugging_face
+from rto_megatron.stages.roles import tokenizer_of
+from rto_megatron.stages.rules import architecture_rules, check_kind
+
+
+def check_conversion(found: Section, config: ConvertRun) -> None:
+    """Direction, architecture, tokenizer and target."""
+    found.attempt(partial(check_out, config.out), why="what is there is never written over")
+    inward = found.attempt(
+        partial(is_hugging_face, config.source), why="what it is decides the direction", way_out="name the right folder"
+    )
+    if inward:
+        _check_way_in(found, config)
+    elif inward is not None:
+        _check_way_out(found, config)
+
+
+def _check_way_in(found: Section, config: ConvertRun) -> None:
+    unknown = "weights of another architecture would give another model than theirs"
+    model = found.attempt(partial(config_from_hf, config.source), why=unknown)
+    tokenizer = found.attempt(
+        partial(load_tokenizer, config.source, config.chat_template), why="a run folder holds its tokenizer"
+    )
+    if model is None:
+        return
+    if tokenizer is not None:
+        found.attempt(partial(check_vocabulary, tokenizer, model.vocab_size), why="ids would stand for other tokens")
+    for rule in architecture_rules(config, model, "the model"):
+        found.attempt(rule.check, why=rule.why, way_out="choose a divisor")
+    found.ok(f"{config.source} is a {model.architecture} of {model.num_layers} layers")
+
+
+def _check_way_out(found: Section, config: ConvertRun) -> None:
+    checkpoint = found.attempt(partial(open_checkpoint, config.source), why="it holds the weights")
+    if checkpoint is None:
+        return
+    found.attempt(partial(check_kind, checkpoint, "policy"), why="transformers has no place for a value head")
+    found.attempt(partial(tokenizer_of, checkpoint), why="it is written out too", way_out="restore the checkpoint")

@@ -1,0 +1,171 @@
+"""How much memory a rank needs: what is certain from the architecture, and a rough guess at the rest.
+
+Bytes of a parameter, on the rank that holds it (b = 4 in float32, 2 in bfloat16; D data-parallel ranks):
+
+    weights     b       every role
+    gradients   4       of what learns: they are summed in float32
+    optimizer   8 + m   of what learns: two running means, and in bfloat16 a float32 copy of the weight (m = 4);
+                        divided by D where optimizer.distributed is true
+
+Activations are guessed from what a layer keeps for its backward pass, with attention that keeps no scores.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun
+from rto_megatron.doctor.findings import Section, in_units
+from rto_megatron.doctor.machine import Place
+from rto_megatron.models.counts import num_parameters
+from rto_megatron.models.gpt import Kind
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+GIB = 1 << 30
+LIBRARIES = GIB // 2
+"""Torch, Megatron and their like, in every process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that the run builds."""
+
+    name: str
+    architecture: ModelConfig
+    kind: Kind
+    optimizer: OptimizerConfig | None
+    """None where it is frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bytes:
+    """Of one model on one rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+def model_bytes(model: Model, parallel: ParallelConfig, compute: ComputeConfig, *, stage: int, num_data: int) -> Bytes:
+    """Memory of a model on one rank of a pipeline stage."""
+    count, item = num_parameters(model.architecture, model.kind, parallel, stage=stage), ITEM_BYTES[compute.dtype]
+    if model.optimizer is None:
+        return Bytes(weights=count * item, gradients=0, optimizer=0)
+    states = count * (8 if compute.dtype == "float32" else 12)
+    return Bytes(
+        weights=count * item,
+        gradients=count * 4,
+        optimizer=states // (num_data if model.optimizer.distributed else 1),
+    )
+
+
+def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, *, tokens: int) -> int:
+    """Roughly what one microbatch keeps on one rank until its backward pass, and the logits of one chunk."""
+    wide = parallel.tensor if parallel.sequence else 1  # norms and residuals
+    queries = model.num_attention_heads * model.kv_channels
+    keys_values = 2 * model.num_query_groups * model.kv_channels
+    residuals = 5 * model.hidden_size // wide
+    attention = (3 * queries + 2 * keys_values) // parallel.tensor
+    mlp = 4 * model.ffn_hidden_size // parallel.tensor
+    kept = {
+        "none": residuals + attention + mlp,
+        "selective": residuals + attention,
+        "full": model.hidden_size // wide,
+    }[compute.recompute]
+    layers = model.num_layers // parallel.pipeline
+    logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
+    return layers * tokens * kept * ITEM_BYTES[compute.dtype] * parallel.pipeline + logits
+
+
+def cache_bytes(model: ModelConfig, config: Any, *, num_slots: int) -> int:
+    """Keys and values of the sequences that are written together on one rank."""
+    parallel, rollout = config.parallel, config.rollout
+    groups = max(1, model.num_query_groups // parallel.tensor)
+    window = rollout.max_prompt_tokens + rollout.max_new_tokens
+    per_token = 2 * groups * model.kv_channels * model.num_layers // parallel.pipeline
+    return num_slots * window * per_token * ITEM_BYTES[config.compute.dtype]
+
+
+def check_memory(found: Section, config: Any, models: Sequence[Model], place: Place, *, num_data: int) -> None:
+    """Compare what the fullest rank needs with what it has."""
+    stages = [
+        [model_bytes(model, config.parallel, config.compute, stage=stage, num_data=num_data) for model in models]
+        for stage in range(config.parallel.pipeline)
+    ]
+    fullest = max(stages, key=lambda parts: sum(part.total for part in parts))
+    passing = passing_bytes(config, models, num_data=num_data)
+    certain = sum(part.total for part in fullest)
+    needed = certain + sum(passing.values()) + LIBRARIES
+    rows = [
+        (model.name, num_parameters(model.architecture, model.kind), *map(in_units, _columns(part)))
+        for model, part in zip(models, fullest, strict=True)
+    ]
+    rows += [(f"{name}, roughly", "", "", "", "", in_units(size)) for name, size in passing.items()]
+    rows += [("libraries, roughly", "", "", "", "", in_units(LIBRARIES)), ("sum", "", "", "", "", in_units(needed))]
+    found.table("memory of the fullest rank", ("role", "parameters", "weights", "gradients", "optimizer", "sum"), rows)
+    has, whose = rank_memory(place)
+    why = "a rank that runs out of memory ends, and the others wait for it"
+    way_out = (
+        "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true; "
+        "for activations compute.recompute and a smaller compute.micro_batch_size, for the cache rollout.max_slots"
+    )
+    if certain > has:
+        found.error(
+            f"models alone take {in_units(certain)} of a rank, which has {in_units(has)} ({whose})",
+            why=why,
+            way_out=way_out,
+        )
+    elif needed > has:
+        found.warning(
+            f"a rank needs about {in_units(needed)} and has {in_units(has)} ({whose})", why=why, way_out=way_out
+        )
+    else:
+        found.ok(f"a rank needs about {in_units(needed)} and has {in_units(has)} ({whose})")
+
+
+def _columns(part: Bytes) -> tuple[int, int, int, int]:
+    return part.weights, part.gradients, part.optimizer, part.total
+
+
+def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dict[str, int]:
+    """What comes and goes: the largest of each kind."""
+    passing: dict[str, int] = {}
+    trained = [model for model in models if model.optimizer is not None]
+    if trained:
+        rows = config.compute.micro_batch_size * (2 if isinstance(config, DPORun | RewardRun) else 1)
+        length = _longest(config)
+        passing["activations"] = max(
+            activation_bytes(model.architecture, config.parallel, config.compute, tokens=rows * length)
+            for model in trained
+        )
+    if isinstance(config, RTORun | GenerateRun | EvaluateRun):
+        slots = config.rollout.max_slots
+        if isinstance(config, RTORun):
+            slots = min(slots, config.prompts_per_step * config.samples_per_prompt // num_data)
+        writers = [model.architecture for model in models if model.kind == "policy"]
+        passing["key-value cache"] = max(cache_bytes(writer, config, num_slots=slots) for writer in writers)
+    return passing
+
+
+def _longest(config: Any) -> int:
+    if hasattr(config, "rollout"):
+        return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    return config.data.max_length
+
+
+def rank_memory(place: Place) -> tuple[int, str]:
+    """Bytes that a rank can have, and whose they are."""
+    if place.memory is not None:
+        return int(place.memory * GIB), "--memory"
+    if place.hardware.num_gpus:
+        return place.hardware.gpu_bytes, place.hardware.device
+    return psutil.virtual_memory().available // place.ranks_here, f"what is free here, over {place.ranks_here} ranks"

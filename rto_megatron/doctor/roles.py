@@ -1,0 +1,153 @@
+"""Are the checkpoints whole, and do the roles belong together."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from rto_megatron.config.run import EvaluateRun, RTORun, SFTRun
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import Checkpoint, check_file, file_hash, open_checkpoint, written_hashes
+from rto_megatron.doctor.findings import Section, in_units
+from rto_megatron.doctor.memory import Model
+from rto_megatron.stages.roles import tokenizer_of
+from rto_megatron.stages.rules import architecture_rules, role_rules, roles_of
+from rto_megatron.stages.sft import from_scratch
+
+HASHED_UNASKED = 2 << 30
+"""Bytes of checkpoints whose files are hashed without --hashes: seconds."""
+
+FLAT = 0.1
+"""A standard deviation of raw scores below which a reward model hardly tells responses apart: the log-odds of one
+standard deviation apart are 0.52 to 0.48."""
+
+
+def check_roles(found: Section, config: Any, *, hashes: bool) -> tuple[list[Model], Tokenizer | None, dict]:
+    """Open all checkpoints and check every rule between them.
+
+    Returns:
+        What the run would build, the tokenizer (None where none can be read), and the checkpoints by role.
+    """
+    opened: dict[str, Checkpoint] = {}
+    for role in roles_of(config):
+        checkpoint = found.attempt(
+            partial(open_checkpoint, role.path), why=f"it is where the {role.name} comes from", way_out="train it first"
+        )
+        if checkpoint is not None:
+            opened[role.name] = checkpoint
+    if len(opened) > 1 and _all_hold(found, config, opened):
+        digest = next(iter(opened.values())).manifest.tokenizer[:12]
+        found.ok(f"{', '.join(opened)} share tokenizer and chat template (digest {digest})")
+    elif len(opened) == 1:
+        _all_hold(found, config, opened)
+    tokenizer = _check_files(found, opened, hashes=hashes)
+    models = [
+        Model(
+            name=role.name,
+            architecture=opened[role.name].manifest.architecture_for(role.kind),
+            kind=role.kind,
+            optimizer=role.optimizer,
+        )
+        for role in roles_of(config)
+        if role.name in opened
+    ]
+    if isinstance(config, SFTRun) and config.start is None:
+        tokenizer = _look_at_a_fresh_model(found, config, models)
+    if isinstance(config, RTORun | EvaluateRun):
+        _look_at_judges(found, config, opened)
+    return models, tokenizer, opened
+
+
+def _all_hold(found: Section, config: Any, opened: Mapping[str, Checkpoint]) -> bool:
+    before = len(found.findings)
+    for rule in role_rules(config, opened):
+        found.attempt(rule.check, why=rule.why, way_out="set a value that fits")
+    return len(found.findings) == before
+
+
+def _look_at_a_fresh_model(found: Section, config: SFTRun, models: list[Model]) -> Tokenizer | None:
+    made = found.attempt(
+        partial(from_scratch, config),
+        why="a model from scratch is as wide as its tokenizer",
+        way_out="give a .model file or a tokenizer folder",
+    )
+    if made is None:
+        return None
+    tokenizer, architecture = made
+    for rule in architecture_rules(config, architecture, "the model"):
+        found.attempt(rule.check, why=rule.why, way_out="set a value that fits")
+    models.append(Model(name="policy", architecture=architecture, kind="policy", optimizer=config.optimizer))
+    return tokenizer
+
+
+def _check_files(found: Section, opened: Mapping[str, Checkpoint], *, hashes: bool) -> Tokenizer | None:
+    """Files against their hashes, tokenizers against their digests; a tokenizer that is whole."""
+    tokenizer, folders = None, {checkpoint.folder: checkpoint for checkpoint in opened.values()}
+    written = {folder: written_hashes(folder) for folder in folders}
+    sizes = [(f / n).stat().st_size for f, names in written.items() for n in names if (f / n).is_file()]
+    hashed = hashes or sum(sizes) <= HASHED_UNASKED
+    for folder, checkpoint in folders.items():
+        found.attempt(
+            partial(_compare, checkpoint, written[folder], hashed=hashed),
+            why="weights that changed on disk load without a word and give another model",
+        )
+        read = found.attempt(
+            partial(tokenizer_of, checkpoint),
+            why="ids would stand for other tokens than those that the weights were trained on",
+            way_out="restore the checkpoint or train again",
+        )
+        tokenizer = tokenizer or read
+    if folders and not hashed:
+        found.note(
+            f"the hashes of {in_units(sum(sizes))} were not compared, only that the files are there",
+            why="that takes minutes; the run compares them when it loads",
+            way_out="--hashes=true compares them now",
+        )
+    return tokenizer
+
+
+def _compare(checkpoint: Checkpoint, written: Mapping[str, str], *, hashed: bool) -> None:
+    for name, digest in written.items():
+        path = checkpoint.folder / name
+        found = (file_hash(path) if hashed else digest) if path.is_file() else None
+        check_file(path, found, digest)
+
+
+def _look_at_judges(found: Section, config: RTORun | EvaluateRun, opened: Mapping[str, Checkpoint]) -> None:
+    dpo, reference = opened.get("dpo"), opened.get("reference")
+    if dpo and reference:
+        if dpo.manifest.parents.get("reference") == reference.id:
+            found.ok("the DPO policy was trained from this reference")
+        elif config.allow_other_reference:
+            found.warning(
+                "the DPO policy was trained from another reference, and allow_other_reference lets it pass",
+                why="log pi_dpo - log pi_ref then also holds how far the two references are apart",
+                way_out="name the SFT run that DPO started from",
+            )
+        if dpo.id == reference.id:
+            found.warning(
+                "the DPO policy and the reference are the same checkpoint",
+                why="the DPO term is 0 on every token",
+                way_out="name the DPO run in `dpo`, or set rto.dpo_coef to 0",
+            )
+        temperature = config.rollout.log_prob_temperature
+        if temperature != 1:
+            found.note(
+                f"rollout.temperature is {temperature:g}, and DPO was trained at 1",
+                why="all log-probs of the run are taken at the rollout's temperature, so the DPO term is the log-ratio "
+                "of two sharpened (below 1) or flattened policies, larger or smaller by about 1 / temperature",
+            )
+    reward = opened.get("reward_model")
+    if reward and reward.manifest.stage == "reward":
+        mean, std = reward.manifest.score_mean, reward.manifest.score_std
+        if std < FLAT:
+            found.warning(
+                f"the reward model is nearly flat: its raw scores have a standard deviation of {std:.2g}",
+                why=f"scores are divided by it, so differences of the size of its errors are made {1 / std:.0f} times "
+                "as large and the policy learns them",
+                way_out="train the reward model longer or on more pairs, and look at its held-out accuracy",
+            )
+        else:
+            found.ok(f"scores are normalised by the reward run's mean {mean:.3g} and standard deviation {std:.3g}")
+    if "critic" in opened and isinstance(config, RTORun) and config.critic is None:
+        start = "reward_model" if config.reward_model else "policy"
+        found.ok(f"the critic starts from the {start} (`critic` is null)")

@@ -8,16 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rto_megatron.algorithms.reward_model import sequence_scores
 from rto_megatron.batch import SFTBatch
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.mesh import build_mesh
-from rto_megatron.distributed.replica import gather_over_tensor
 from rto_megatron.distributed.runtime import start_runtime
-from rto_megatron.distributed.step import score, token_log_probs
+from rto_megatron.distributed.step import head_outputs, score, token_log_probs
 from rto_megatron.errors import CheckpointError
 from rto_megatron.models.gpt import build_model
-from rto_megatron.models.hf_config import config_from_hf, config_to_hf
+from rto_megatron.models.hf_check import token_logits
+from rto_megatron.models.hf_config import Scoring, config_from_hf, config_to_hf, scoring_from_hf
 from rto_megatron.models.hf_export import save_hf
 from rto_megatron.models.hf_weights import load_hf
 from tests.ranks import run_ranks
@@ -44,7 +45,7 @@ LLAMA3_ROPE = {
 }
 TOLERANCE = 5e-5
 """Of logits and nats in float32, where logits go up to 5; measured: below 9e-6 in all layouts."""
-TOKENS = torch.randint(0, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randint(1, VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))  # 0 is the pad id
 
 
 def hf_configs():
@@ -64,26 +65,47 @@ def hf_configs():
     }
 
 
-def hf_logits(model):
+def value_configs():
+    """Of models with one score a sequence; their bias is in config.json, where transformers passes over it."""
+    score = {"num_labels": 1, "pad_token_id": 0, "score_bias": 0.75}
+    kept = ("llama_tied_llama3_rope", "mistral", "qwen2_tied", "qwen3_untied")
+    configs = {f"{name}_value": hf_configs()[name] for name in kept}
+    for config in configs.values():
+        config.update(score)
+    return configs
+
+
+def hf_outputs(model):
+    """Logits [3, 40, V], or scores [3] with the bias that transformers does not know."""
     with torch.no_grad():
-        return model(TOKENS).logits
+        logits = model(TOKENS).logits
+    return logits.squeeze(-1) + model.config.score_bias if logits.dim() == 2 else logits
+
+
+def open_hf(folder):
+    """A folder's model in transformers, as whatever its config.json says it is."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    auto = AutoModelForSequenceClassification if scoring_from_hf(folder) else AutoModelForCausalLM
+    return auto.from_pretrained(folder, attn_implementation="eager").float().eval()
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Name -> Hugging Face folder and transformers' logits of TOKENS."""
-    from transformers import AutoModelForCausalLM
+    """Name -> Hugging Face folder and transformers' logits or scores of TOKENS."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     made = {}
-    for name, config in hf_configs().items():
+    for name, config in (hf_configs() | value_configs()).items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+        auto = AutoModelForSequenceClassification if name.endswith("value") else AutoModelForCausalLM
+        model = auto.from_config(config, attn_implementation="eager").float().eval()
         for parameter_name, parameter in model.named_parameters():
             if "bias" in parameter_name or "norm" in parameter_name:  # else 0 and 1: they would prove nothing
                 parameter.data += 0.3 * torch.randn_like(parameter)
         folder = tmp_path_factory.mktemp(name)
-        model.save_pretrained(folder)
-        made[name] = folder, hf_logits(model)
+        model.save_pretrained(folder, max_shard_size="50KB" if name == "qwen2_tied" else "5GB")
+        made[name] = folder, hf_outputs(model)
     return made
 
 
@@ -97,7 +119,7 @@ class NoTokenizer:
 
 
 def load_and_save(paths, parallel):
-    """For each Hugging Face folder: log-probs (and logits where one stage has all layers); written again beside."""
+    """For each Hugging Face folder: logits and log-probs, or scores; written again beside."""
     mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
     rows = SFTBatch(
         tokens=TOKENS,
@@ -107,17 +129,18 @@ def load_and_save(paths, parallel):
     results = {}
     for name, path in paths.items():
         config = config_from_hf(path)
-        model = build_model(config, mesh, kind="policy", parallel=parallel, compute=ComputeConfig(), seed=7).eval()
+        scoring = scoring_from_hf(path)
+        kind = "value" if scoring else "policy"
+        model = build_model(config, mesh, kind=kind, parallel=parallel, compute=ComputeConfig(), seed=7).eval()
         load_hf(model, path, config)
-        logits = None
-        if mesh.pipeline.size == 1:
-            with torch.no_grad():
-                own = model(TOKENS, torch.arange(40).expand_as(TOKENS), None)
-            logits = torch.cat(list(gather_over_tensor(own, mesh.tensor.group)), -1)[..., :VOCAB]
-        log_probs = score(model, rows, token_log_probs, mesh, micro_batch_size=2)[..., 0]
         out = path.with_name(f"{path.name}-{mesh.tensor.size}{mesh.pipeline.size}{parallel.sequence}")
-        save_hf(model, config, out, NoTokenizer(), part_bytes=20_000)
-        results[name] = logits, log_probs, out
+        save_hf(model, config, out, NoTokenizer(), scoring=scoring, part_bytes=20_000)
+        if scoring:
+            own = sequence_scores(score(model, rows, head_outputs, mesh, micro_batch_size=2), rows.num_tokens), None
+        else:
+            log_probs = score(model, rows, token_log_probs, mesh, micro_batch_size=2)[..., 0]
+            own = score(model, rows, token_logits(config), mesh, micro_batch_size=2), log_probs
+        results[name] = *own, out
     return results
 
 
@@ -128,29 +151,30 @@ def load_and_save(paths, parallel):
         (2, ParallelConfig(tensor=2)),
         (2, ParallelConfig(tensor=2, sequence=True)),
         (2, ParallelConfig(pipeline=2)),
+        (4, ParallelConfig(tensor=2, pipeline=2)),
     ],
-    ids=["one_rank", "tensor_2", "sequence", "pipeline_2"],
+    ids=["one_rank", "tensor_2", "sequence", "pipeline_2", "tensor_2_pipeline_2"],
 )
 def test_weights_go_in_and_out_in_every_layout(folders, world, parallel):
-    from transformers import AutoModelForCausalLM
-
     paths = {name: path for name, (path, _) in folders.items()}
     results = run_ranks(load_and_save, world, paths, parallel)[0]
-    for name, (logits, log_probs, out) in results.items():
+    for name, (outputs, log_probs, out) in results.items():
         path, want = folders[name]
-        if logits is not None:
-            assert (logits - want).abs().max() < TOLERANCE, name
-        want_log_probs = want[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
-        assert (log_probs[:, 1:] - want_log_probs).abs().max() < TOLERANCE, name
-        parts = sorted(out.glob("model-*.safetensors"))
-        assert len(parts) > 1, "part_bytes should have cut the export into several files"
-        saved = {k: v for part in parts for k, v in load_file(part).items()}
-        original = load_file(path / "model.safetensors")
+        assert (outputs - want).abs().max() < TOLERANCE, name
+        if log_probs is not None:
+            want_log_probs = want[:, :-1].log_softmax(-1).gather(-1, TOKENS[:, 1:, None]).squeeze(-1)
+            assert (log_probs[:, 1:] - want_log_probs).abs().max() < TOLERANCE, name
+        assert len(list(out.glob("model-*.safetensors"))) > 1, (
+            "part_bytes should have cut the export into several files"
+        )
+        saved, original = tensors_of(out), tensors_of(path)
         assert saved.keys() == original.keys()
         assert all(torch.equal(saved[k], original[k]) for k in original), name
-        again = AutoModelForCausalLM.from_pretrained(out, attn_implementation="eager").float().eval()
-        assert torch.equal(hf_logits(again), want), f"{name}: transformers reads other logits from our export"
-        assert not out.with_name(out.name + ".tmp").exists()
+        assert torch.equal(hf_outputs(open_hf(out)), want), f"{name}: transformers gives other numbers for our export"
+
+
+def tensors_of(folder):
+    return {name: tensor for part in folder.glob("*.safetensors") for name, tensor in load_file(part).items()}
 
 
 def edited_config(folder, tmp_path, **changes):
@@ -165,6 +189,11 @@ def edited_config(folder, tmp_path, **changes):
     ("name", "changes", "message"),
     [
         ("llama_untied", {"architectures": ["GPT2LMHeadModel"]}, "must name one of LlamaForCausalLM, .*, got GPT2"),
+        (
+            "llama_untied",
+            {"architectures": ["MixtralForCausalLM"], "num_local_experts": 8},
+            r"got MixtralForCausalLM, a mixture of experts \(num_local_experts 8\): only dense",
+        ),
         ("llama_untied", {"architectures": "REMOVED"}, "architectures must name one of .*, got None"),
         ("llama_untied", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type must be .*, got yarn"),
         ("llama_untied", {"rope_parameters": {"rope_type": "longrope"}}, "got longrope"),
@@ -210,6 +239,33 @@ def test_what_we_write_as_config_reads_back_the_same(folders, tmp_path, name):
         kept = {key: value for key, value in written.items() if key not in removed}
         (tmp_path / "config.json").write_text(json.dumps(kept))
         assert config_from_hf(tmp_path) == config
+
+
+def test_what_is_written_of_scores_reads_back_the_same(folders, tmp_path):
+    config = config_from_hf(folders["qwen2_tied_value"][0])
+    scoring = Scoring(bias=0.1, mean=-2.5, std=3.0, pad_id=0)
+    written = config_to_hf(config, dtype="float32", pad_id=0, scoring=scoring)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert (config_from_hf(tmp_path), scoring_from_hf(tmp_path)) == (config, scoring)
+    openrlhf = {"mean": written.pop("score_mean"), "std": written.pop("score_std")}
+    (tmp_path / "config.json").write_text(json.dumps(written | openrlhf))
+    assert scoring_from_hf(tmp_path) == scoring
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"id2label": {"0": "bad", "1": "good"}},
+            "must be 1, which is a score, got 2: a classifier is no reward model",
+        ),
+        ({"id2label": "REMOVED"}, "must be 1, .* got 2"),  # what transformers makes of it
+        ({"score_std": 0}, "score_std must be positive, got 0"),
+    ],
+)
+def test_a_model_without_one_score_is_refused(folders, tmp_path, changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        scoring_from_hf(edited_config(folders["mistral_value"][0], tmp_path, **changes))
 
 
 def test_an_architecture_without_a_hugging_face_class_is_not_written():
@@ -258,6 +314,8 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks(folders, tmp_path):
         "cut": make("cut", lambda t: None),
         "empty": make("empty", lambda t: None),
         "part": make("part", lambda t: None),
+        "nan": make("nan", lambda t: t["model.layers.1.mlp.up_proj.weight"][3].fill_(torch.nan)),
+        "int8": make("int8", lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
     }
     with open(paths["cut"] / "model.safetensors", "r+b") as file:
         file.truncate(50_000)
@@ -276,5 +334,7 @@ def test_weights_that_do_not_fit_are_refused_on_all_ranks(folders, tmp_path):
         "cut": "model.safetensors: must be a complete safetensors file",
         "empty": r"needs weights as \*.safetensors, found config.json, pytorch_model.bin",
         "part": "model-00001-of-00001.safetensors: is missing, and model.safetensors.index.json names it",
+        "nan": r"up_proj.weight must be finite, 32 of its 1536 numbers are NaN or infinite",
+        "int8": "model.norm.weight must be of float32, bfloat16 or float16, got I8: quantized weights cannot",
     }.items():
         assert re.search(words, first[name]), f"{name}: {first[name]}"

@@ -214,9 +214,18 @@ def written_hashes(folder: Path) -> dict[str, str]:
     """Relative name -> sha256 of every file, as it was saved."""
     path = folder / "integrity.json"
     try:
-        return dict(json.loads(path.read_text())["files"].items())
+        written = json.loads(path.read_text())
+        files, own = dict(written["files"].items()), written["digest"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged, restore it or train again") from None
+    if own != digest_of(files):
+        raise CheckpointError(_changed(path))
+    return files
+
+
+def digest_of(files: dict[str, str]) -> str:
+    """sha256 of all names and hashes: so a flipped bit in a hash is not taken for one in its file."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def hash_files(folder: Path, names: list[str]) -> dict[str, str]:

@@ -29,7 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.checkpoint import CheckpointConfig
-from rto_megatron.distributed.checkpoint import BEST, FORMAT, TRACKER, Manifest, file_hash, weights_of
+from rto_megatron.distributed.checkpoint import BEST, FORMAT, TRACKER, Manifest, digest_of, file_hash, weights_of
 from rto_megatron.distributed.children import belong_to, die_of_a_killed_child
 from rto_megatron.distributed.collectives import broadcast_object, gather_objects
 from rto_megatron.distributed.optimizer import Trainable, optimizer_state
@@ -231,10 +231,11 @@ def _complete(draft: Path) -> int:
         name = str(path.relative_to(draft))
         if name not in files:
             files[name] = file_hash(path)
-    (draft / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}, indent=1))
+    written = {"algorithm": "sha256", "files": files, "digest": digest_of(files)}
+    (draft / "integrity.json").write_text(json.dumps(written, indent=1))
     for path in [*draft.rglob("*"), draft]:
         _sync(path)
-    return sum(path.stat().st_size for path in paths)
+    return sum(path.stat().st_size for path in [*paths, draft / "integrity.json"])
 
 
 def _age(path: Path) -> tuple[int, int]:

@@ -46,7 +46,10 @@ def check_tokenizer_files(tokenizer: Tokenizer, folder: Path, texts: Sequence[st
     """Raise CheckpointError unless transformers' AutoTokenizer reads a written folder as we read the tokenizer."""
     from transformers import AutoTokenizer
 
-    theirs: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        theirs: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise CheckpointError(f"{folder}: transformers cannot read the tokenizer: {error}") from None
     for text in texts:
         got, want = theirs.encode(text, add_special_tokens=False), tokenizer.encode(text)
         if got != want:

@@ -54,7 +54,15 @@ KINDS = {
     },
     "normalizing": {"model_type": "bpe", "vocab_size": 330, "byte_fallback": True},
     "unigram": {"model_type": "unigram", "vocab_size": 330, "byte_fallback": True, "hard_vocab_limit": False},
-    "user-defined piece": {"model_type": "bpe", "vocab_size": 70, "user_defined_symbols": ["<think>"]},
+    "user-defined piece": {
+        "model_type": "bpe",
+        "vocab_size": 330,
+        "byte_fallback": True,
+        "user_defined_symbols": ["<think>"],
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+    },
 }
 
 
@@ -83,6 +91,8 @@ def test_transformers_reads_a_sentencepiece_model_as_we_do(tmp_path, name, model
 def test_a_user_defined_piece_stays_whole(tmp_path):
     tokenizer = sentencepiece_tokenizer(tmp_path / "own", **KINDS["user-defined piece"])
     theirs = export(tokenizer, tmp_path / "out")
+    piece = tokenizer.encode("<think>")
+    assert len(piece) == 1 and piece[0] in tokenizer.encode("the <think> cat")
     assert tokenizer.encode("the <think> cat") == theirs.encode("the <think> cat")
 
 

@@ -15,8 +15,8 @@ def rows_of(run_dir):
 
 def test_sft_dpo_and_reward_learn_what_they_were_shown(chain):
     for run, loss in (("sft", "sft/loss"), ("dpo", "dpo/loss"), ("reward", "reward_model/loss")):
-        rows = rows_of(chain / run)
-        assert rows[-1][loss] < rows[0][loss]
+        losses = [row[loss] for row in rows_of(chain / run) if loss in row]  # the last row tells of the save alone
+        assert losses[-1] < losses[0]
     assert rows_of(chain / "dpo")[0]["dpo/loss"] == pytest.approx(
         0.6931, abs=1e-3
     )  # log 2: the policy is its reference

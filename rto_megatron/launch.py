@@ -29,11 +29,17 @@ def main(words: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)
     try:
-        # the others end the ranks at once, as torchrun does it
-        run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *words]))
+        # the other signals end the ranks at once, as torchrun does it
+        run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *_apart(words)]))
     except ChildFailedError as failed:
         return _exit_code({rank: failure.exitcode for rank, failure in failed.failures.items()})
     return 0
+
+
+def _apart(words: Sequence[str]) -> list[str]:
+    """The words with a `--` before the module's name: torchrun would take a `--start=` of ours for one of its own."""
+    at = words.index("-m") + 1 if "-m" in words else 0
+    return [*words[:at], "--", *words[at:]] if at else list(words)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:

@@ -40,6 +40,24 @@ def test_the_exit_code_is_the_ranks(script, code, said, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_words_of_the_module_are_not_taken_for_torchruns(tmp_path):
+    (tmp_path / "shows.py").write_text("import sys; print(sys.argv[1:])")
+    words = [
+        sys.executable,
+        "-m",
+        "rto_megatron.launch",
+        "--standalone",
+        "-m",
+        "shows",
+        "--start=a",
+        "--log",
+        "--",
+        "-m",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.stdout.strip() == "['--start=a', '--log', '--', '-m']", done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_ranks_are_asked_to_stop_and_not_killed(number, tmp_path):
     script = f"""

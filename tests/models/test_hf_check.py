@@ -78,6 +78,10 @@ def no_fault(folder):
     pass
 
 
+def no_fault_in_a_value_model(folder):
+    pass
+
+
 def swapped_projections(folder):
     edit_weights(folder, lambda tensors: swap(tensors, layer=2))
 
@@ -100,6 +104,7 @@ def unknown_tensor(folder):
 
 FAULTS = {
     no_fault: ("llama", None),
+    no_fault_in_a_value_model: ("value", None),
     swapped_projections: (
         "llama",
         r"model.layers.2.self_attn.q_proj.weight is the first tensor that differs from the live model's, by up to \d",

@@ -117,7 +117,13 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stage, chain, straight, tmp_path
 
 
 @pytest.mark.parametrize(
-    "layout", [["--parallel.tensor=2"], ["--parallel.pipeline=2"], ["--optimizer.distributed=true"]]
+    "layout",
+    [
+        ["--parallel.tensor=2", "--parallel.sequence=true"],
+        ["--parallel.pipeline=2"],
+        ["--optimizer.distributed=false", "--critic_optimizer.distributed=false"],
+        ["--compute.dtype=bfloat16"],
+    ],
 )
 def test_so_it_does_on_two_ranks(layout, chain, straight, tmp_path):
     settings = words("rto", tmp_path / "rto", *layout)

@@ -1,7 +1,7 @@
 """The command line: `python -m rto_megatron STAGE RUN.yaml [--section.field=value ...]`.
 
-Exit codes: 0 done; 2 the user's config, data or files are wrong, with one message; 75 stopped on request (SIGTERM,
-SIGUSR1) with its state saved, start it again; 1 a bug.
+Exit codes: 0 done; 2 the user's config, data or files are wrong, with one message; 3 what a command is to prove does
+not hold; 75 stopped on request (SIGTERM, SIGUSR1) with its state saved, start it again; 1 a bug.
 """
 
 import importlib
@@ -24,8 +24,12 @@ from rto_megatron.errors import ConfigError, StoppedToContinue, UserError
 STOPPED = 75
 """Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
+NOT_PROVEN = 3
+"""Exit code of parity and verify-resume where a comparison fails."""
+
 COMMANDS = {
     "doctor": "doctor.command",
+    "parity": "stages.parity",
     "verify-resume": "stages.verify_resume",
 }
 """What looks at the run of a stage and does not train it -> module with `main(path, words)`, which returns the exit

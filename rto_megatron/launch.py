@@ -18,7 +18,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from rto_megatron.__main__ import STOPPED
+from rto_megatron.__main__ import NOT_PROVEN, STOPPED
 
 USER_ERROR = 2
 
@@ -52,7 +52,7 @@ def _exit_code(codes: dict[int, int]) -> int:
 
     The rank that ends first is the one whose code counts; torchrun then ends the others.
     """
-    for code in (USER_ERROR, STOPPED):
+    for code in (USER_ERROR, STOPPED, NOT_PROVEN):
         if code in codes.values():
             return code
     for rank, code in codes.items():

@@ -93,15 +93,13 @@ def check_hf(
         CheckpointError: they differ; with the first tensor, setting or layer that does.
     """
     _stop_if(_differing_tensor(model, config, folder), folder)
-    _stop_if(_on_main(lambda: _differing_setting(config, folder)), folder)
+    _stop_if(_on_main(lambda: _differing_setting(config, folder), folder), folder)
     batch = text_rows(tokenizer, config)
     ask = head_outputs if isinstance(model, ScalarModel) else token_logits(config)
     live = score(model, batch.to(mesh.device), ask, mesh, micro_batch_size=rows_at_once)
     dtype, what = model.config.params_dtype, "scores" if isinstance(model, ScalarModel) else "logits"
     share = BFLOAT16 if dtype == torch.bfloat16 else TF32 if mesh.runtime.has_transformer_engine else EXACT
-    found = _on_main(lambda: _compare_outputs(folder, batch, live.cpu(), dtype, share, what))
-    if isinstance(found, str):
-        _stop_if(found, folder)
+    found: Agreement = _on_main(lambda: _compare_outputs(folder, batch, live.cpu(), dtype, share, what), folder)
     if not found.difference <= found.allowed:  # NaN is no agreement
         where = _differing_layer(model, folder, batch, ask, share, mesh)
         _stop_if(
@@ -139,15 +137,17 @@ def _stop_if(problem: str | None, folder: Path) -> None:
         raise CheckpointError(f"{folder}: {problem}")
 
 
-def _on_main(action: Callable[[], Any]) -> Any:
-    """What `action` gives on rank 0, on every rank; the message where it raises a CheckpointError."""
-    found = None
+def _on_main(action: Callable[[], Any], folder: Path) -> Any:
+    """What `action` gives on rank 0, on every rank; a CheckpointError there is one everywhere."""
+    found = problem = None
     if is_main():
         try:
             found = action()
         except CheckpointError as error:
-            found = str(error)
-    return broadcast_object(found)
+            problem = str(error)
+    found, problem = broadcast_object((found, problem))
+    _stop_if(problem, folder)
+    return found
 
 
 def _differing_tensor(model: MegatronModule, config: ModelConfig, folder: Path) -> str | None:
@@ -229,12 +229,13 @@ def open_in_transformers(folder: Path, dtype: torch.dtype) -> Any:
     auto = AutoModelForSequenceClassification if scoring_from_hf(folder) else AutoModelForCausalLM
     try:
         with _quiet():
-            model, report = auto.from_pretrained(
+            loaded: Any = auto.from_pretrained(
                 str(folder), dtype=dtype, local_files_only=True, output_loading_info=True
             )
     except Exception as error:  # transformers raises whatever its parsers raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"transformers cannot load it: {reason}") from None
+    model, report = loaded
     absent = sorted(report["missing_keys"])
     if absent:
         raise CheckpointError(f"transformers looks for {absent[0]}, which is not there; it would be random")
@@ -281,7 +282,7 @@ def _differing_layer(model: Any, folder: Path, batch: SFTBatch, ask: Forward, sh
                 return name
         return "the head"
 
-    return _on_main(compare)
+    return _on_main(compare, folder)
 
 
 def _layer_outputs(theirs: Any, row: SFTBatch) -> dict[str, Tensor]:

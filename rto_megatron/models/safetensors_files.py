@@ -50,7 +50,8 @@ class SafetensorsFiles:
         if name in self._first_of:
             self._begin(self._first_of[name])
         assert self._file is not None
-        self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+        content: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        self._file.write(content.data)
 
     def close(self) -> None:
         """End the last file and write the index, which a single file does without."""

@@ -31,16 +31,26 @@ def run(config: ConvertRun, runtime: Runtime) -> None:
     inward = is_hugging_face(config.source)
     mesh, console = build_mesh(config.parallel, runtime, seed=0), Console(is_main())
     check_out(config.out)
-    _check_direction(config, inward=inward)
+    check_direction(config, inward=inward)
     barrier()  # before any rank writes there
     (_bring_in if inward else _write_out)(config, mesh, console)
     console.say(f"{config.source} -> {config.out}")
 
 
 def check_out(out: Path) -> None:
-    """Raise ConfigError if something is there already."""
+    """Raise ConfigError if something is there already, or a draft of it."""
     if out.exists():
         raise ConfigError(f"out {out}: must not exist, and does; name another folder or remove it")
+    if draft_of(out).exists():
+        raise ConfigError(
+            f"out {out}: its draft {draft_of(out)} is left from a conversion that did not end well; look at it, then "
+            "remove it"
+        )
+
+
+def draft_of(out: Path) -> Path:
+    """Where a Hugging Face folder is written before it is found to be the model."""
+    return out.with_name(out.name + ".draft")
 
 
 def is_hugging_face(source: Path) -> bool:
@@ -62,24 +72,42 @@ def is_hugging_face(source: Path) -> bool:
     )
 
 
-def _check_direction(config: ConvertRun, *, inward: bool) -> None:
+def check_direction(config: ConvertRun, *, inward: bool) -> None:
     """Raise ConfigError where a field is set that is about the other direction."""
     for name in ("role",) if inward else ("chat_template", "tokenizer", "score_data"):
         value = getattr(config, name)
         if value is not None:
             why = "the class in config.json says what it holds" if inward else "it has its own"
             where = "a Hugging Face folder is brought in" if inward else "a run is written out"
-            raise ConfigError(f"{name} must be null where {where}: {why}; got {value}")
+            raise ConfigError(f"{name} must be null where {where} ({why}), got {value}; delete it")
 
 
-def _bring_in(config: ConvertRun, mesh: Mesh, console: Console) -> None:
-    architecture, scoring = config_from_hf(config.source), scoring_from_hf(config.source)
-    tokenizer = _choose_tokenizer(config)
-    check_vocabulary(tokenizer, architecture.vocab_size)
-    kind: Kind = "policy" if scoring is None else "value"
+def choose_tokenizer(config: ConvertRun) -> Tokenizer:
+    """A Hugging Face folder's own, or that of the run `tokenizer`.
+
+    Raises:
+        ConfigError: the run's does not read texts as the folder's does.
+    """
+    if config.tokenizer is None:
+        return load_tokenizer(config.source, config.chat_template)
+    checkpoint = open_checkpoint(config.tokenizer)
+    chosen = tokenizer_of(checkpoint)
+    own = load_tokenizer(config.source, checkpoint.tokenizer_folder / TEMPLATE_FILE)
+    for text in TEXTS:
+        if own.encode(text) != chosen.encode(text):
+            raise ConfigError(
+                f"tokenizer {config.tokenizer}: must give the same ids as that of {config.source}, which differs on "
+                f"{text[:30]!r}...; a model reads only the ids that it was trained with"
+            )
+    return chosen
+
+
+def check_scoring(config: ConvertRun, scoring: Scoring | None, tokenizer: Tokenizer) -> None:
+    """Raise UserError if scores are wanted of a policy, or are read elsewhere than here."""
     if scoring is None and config.score_data is not None:
         raise ConfigError(
-            f"score_data must be null where a policy is brought in: it has no scores; got {config.score_data}"
+            f"score_data must be null where a policy is brought in (it has no scores), got {config.score_data}; "
+            "delete it"
         )
     if scoring is not None and scoring.pad_id == tokenizer.eos_id:
         raise CheckpointError(
@@ -87,6 +115,29 @@ def _bring_in(config: ConvertRun, mesh: Mesh, console: Console) -> None:
             "both: transformers then reads the score before the EOS, and here it is read at it; if that is where the "
             "model was trained to be read, set pad_token_id to an id that texts do not hold"
         )
+
+
+def role_to_write(config: ConvertRun, manifest: Manifest) -> str:
+    """The role of a run that is written out.
+
+    Raises:
+        CheckpointError: the run has none of the name.
+    """
+    role = config.role or next(role for role in ("policy", "value", "critic") if role in manifest.models)
+    if role not in manifest.models:
+        raise CheckpointError(
+            f"{config.source}: must hold the role {role} to write it out, holds {', '.join(manifest.models)}; "
+            "name one of these"
+        )
+    return role
+
+
+def _bring_in(config: ConvertRun, mesh: Mesh, console: Console) -> None:
+    architecture, scoring = config_from_hf(config.source), scoring_from_hf(config.source)
+    tokenizer = choose_tokenizer(config)
+    check_vocabulary(tokenizer, architecture.vocab_size)
+    check_scoring(config, scoring, tokenizer)
+    kind: Kind = "policy" if scoring is None else "value"
     model = build_model(architecture, mesh, kind=kind, parallel=config.parallel, compute=config.compute, seed=None)
     model.eval().requires_grad_(False)
     load_hf(model, config.source, architecture)
@@ -111,22 +162,6 @@ def _bring_in(config: ConvertRun, mesh: Mesh, console: Console) -> None:
         raise
 
 
-def _choose_tokenizer(config: ConvertRun) -> Tokenizer:
-    """The folder's own, or that of the run `tokenizer`, which must read texts as the folder's does."""
-    if config.tokenizer is None:
-        return load_tokenizer(config.source, config.chat_template)
-    checkpoint = open_checkpoint(config.tokenizer)
-    chosen = tokenizer_of(checkpoint)
-    own = load_tokenizer(config.source, checkpoint.tokenizer_folder / TEMPLATE_FILE)
-    for text in TEXTS:
-        if own.encode(text) != chosen.encode(text):
-            raise ConfigError(
-                f"tokenizer {config.tokenizer}: must give the same ids as that of {config.source}, which differs on "
-                f"{text[:30]!r}...; a model reads only the ids that it was trained with"
-            )
-    return chosen
-
-
 def _moments(
     model: Any, scoring: Scoring, tokenizer: Tokenizer, max_length: int, config: ConvertRun, mesh: Mesh
 ) -> tuple[float, float]:
@@ -139,11 +174,7 @@ def _moments(
 
 def _write_out(config: ConvertRun, mesh: Mesh, console: Console) -> None:
     manifest = open_checkpoint(config.source).manifest
-    role = config.role or next(role for role in ("policy", "value", "critic") if role in manifest.models)
-    if role not in manifest.models:
-        raise CheckpointError(
-            f"{config.source}: must hold the role {role} to write it out, holds {', '.join(manifest.models)}"
-        )
+    role = role_to_write(config, manifest)
     kind: Kind = "policy" if role == "policy" else "value"
     model, checkpoint = load_role(
         config.source, kind, mesh, parallel=config.parallel, compute=config.compute, frozen=True
@@ -152,13 +183,7 @@ def _write_out(config: ConvertRun, mesh: Mesh, console: Console) -> None:
     architecture, tokenizer, scoring = manifest.models[role], tokenizer_of(checkpoint), None
     if kind == "value":  # a critic's values are normalised by nothing
         scoring = Scoring(mean=manifest.score_mean, std=manifest.score_std) if role == "value" else Scoring()
-    draft = config.out.with_name(config.out.name + ".draft")
-    if draft.exists():
-        raise ConfigError(
-            f"out {config.out}: its draft {draft} is left from a conversion that did not end well; look at it, then "
-            "remove it"
-        )
-    barrier()  # before the main rank writes there
+    draft = draft_of(config.out)
     save_hf(model, architecture, draft, tokenizer, scoring=scoring)
     if config.verify:
         try:

@@ -512,6 +512,12 @@ FOLDER = {
     "a conversion onto something": Case(
         "convert", "--source={chain}/sft --out={tmp}", "error", "out .* must not exist"
     ),
+    "a conversion of a role that is not there": Case(
+        "convert", "--source={chain}/reward --out={tmp}/o --role=critic", "error", "must hold the role critic .* value"
+    ),
+    "a conversion with a setting of the other direction": Case(
+        "convert", "--source={chain}/sft --out={tmp}/o --score_data=x", "error", "score_data must be null where a run"
+    ),
     "a conversion of nothing": Case(
         "convert", "--source={tmp} --out={tmp}/o", "error", "must be a Hugging Face folder", write("x", 0)
     ),

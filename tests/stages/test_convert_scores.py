@@ -156,7 +156,7 @@ def test_what_cannot_be_a_reward_model_here_is_refused(chain, tmp_path):
         "tokenizer .*/sft: must give the same ids as that of .*/other, which differs on 'It is a truth": ConvertRun(
             source=other, out=out, tokenizer=chain / "sft"
         ),
-        "score_data must be null where a run is written out: it has its own": ConvertRun(
+        r"score_data must be null where a run is written out \(it has its own\), got pairs.jsonl": ConvertRun(
             source=chain / "reward", out=out, score_data="pairs.jsonl"
         ),
         "must hold the role critic to write it out, holds value": ConvertRun(

@@ -159,13 +159,21 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def _keep_rows_before(path: Path, start: int) -> None:
-    """Rewrite a JSONL file without the rows of step `start` and later, and without a half-written last line.
-
-    Raises:
-        UserError: another line is not a row of ours; the file stays as it is.
-    """
+    """Rewrite a JSONL file without the rows of step `start` and later, and without a half-written last line."""
     if not path.exists():
         return
+    # Beside and renamed: a run that is killed here must not lose what earlier ones have measured.
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_bytes(rows_before(path, start))
+    draft.replace(path)
+
+
+def rows_before(path: Path, start: int) -> bytes:
+    """The rows of a JSONL file below step `start`.
+
+    Raises:
+        UserError: a line is not a row of ours, and not a half-written last one.
+    """
     lines = path.read_bytes().split(b"\n")  # the last one is empty, or half-written
     kept = []
     for number, line in enumerate(lines, 1):
@@ -177,10 +185,7 @@ def _keep_rows_before(path: Path, start: int) -> None:
             )
         if step is not None and step < start:
             kept.append(line + b"\n")
-    # Beside and renamed: a run that is killed here must not lose what earlier ones have measured.
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_bytes(b"".join(kept))
-    draft.replace(path)
+    return b"".join(kept)
 
 
 def _step_of(line: bytes) -> int | None:

@@ -148,10 +148,15 @@ def _build(stage: str, words: list[Word], yaml_path: Path | None) -> Any:
 
 def print_help(stage: str) -> None:
     """Print every setting of a stage with its meaning and default, and exit with code 0."""
+    print_options(STAGES[stage], f"python -m rto_megatron {stage} RUN.yaml")
+
+
+def print_options(options_class: type, prog: str) -> None:
+    """Print every field of a dataclass with its meaning and default, and exit with code 0."""
     tyro.cli(
-        STAGES[stage],
-        prog=f"python -m rto_megatron {stage} RUN.yaml",
-        default=_specimen(STAGES[stage]),
+        options_class,
+        prog=prog,
+        default=_specimen(options_class),
         args=["--help"],
         use_underscores=True,
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),

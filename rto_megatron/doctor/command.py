@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.config.load import load_despite_mistakes, split_options
+from rto_megatron.config.load import load_despite_mistakes, print_options, split_options
 from rto_megatron.distributed.runtime import inspect_hardware, is_main
 from rto_megatron.doctor.findings import Report
 from rto_megatron.doctor.machine import Place, check_machine
@@ -39,12 +39,14 @@ class Options:
 
 def main(path: Path | None, words: list[str]) -> int:
     """Check the run that a YAML file and words describe, print the report; 0, or 2 if it would be refused or fail."""
+    if "-h" in words or "--help" in words:
+        print_options(Options, "python -m rto_megatron doctor RUN.yaml [--section.field=value ...]")
     options, words = split_options(Options, words)
     if path is None and not words:
         raise ConfigError("doctor needs the YAML file of a run: python -m rto_megatron doctor RUN.yaml")
     report = examine(path, words, options)
     report.show(Console(is_main()))
-    if options.json is not None:
+    if options.json is not None and is_main():
         _write(options.json, report)
     return report.exit_code
 

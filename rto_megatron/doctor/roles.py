@@ -10,7 +10,7 @@ from rto_megatron.distributed.checkpoint import Checkpoint, check_file, file_has
 from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.memory import Model
 from rto_megatron.stages.roles import tokenizer_of
-from rto_megatron.stages.rules import architecture_rules, role_rules, roles_of
+from rto_megatron.stages.rules import Role, architecture_rules, role_rules, roles_of
 from rto_megatron.stages.sft import from_scratch
 
 HASHED_UNASKED = 2 << 30
@@ -47,7 +47,7 @@ def check_roles(found: Section, config: Any, *, hashes: bool) -> tuple[list[Mode
             kind=role.kind,
             optimizer=role.optimizer,
         )
-        for role in roles_of(config)
+        for role in _held_at_once(config)
         if role.name in opened
     ]
     if isinstance(config, SFTRun) and config.start is None:
@@ -55,6 +55,13 @@ def check_roles(found: Section, config: Any, *, hashes: bool) -> tuple[list[Mode
     if isinstance(config, RTORun | EvaluateRun):
         _look_at_judges(found, config, opened)
     return models, tokenizer, opened
+
+
+def _held_at_once(config: Any) -> list[Role]:
+    """The roles that are in memory together: of compared policies one, and the next while it is loaded."""
+    if isinstance(config, EvaluateRun):
+        return roles_of(config)[: 2 - len(config.checkpoints) or None]
+    return roles_of(config)
 
 
 def _all_hold(found: Section, config: Any, opened: Mapping[str, Checkpoint]) -> bool:
@@ -137,9 +144,16 @@ def _look_at_judges(found: Section, config: RTORun | EvaluateRun, opened: Mappin
                 "of two sharpened (below 1) or flattened policies, larger or smaller by about 1 / temperature",
             )
     reward = opened.get("reward_model")
-    if reward and reward.manifest.stage == "reward":
+    if reward and "value" in reward.manifest.models:
         mean, std = reward.manifest.score_mean, reward.manifest.score_std
-        if std < FLAT:
+        if reward.manifest.stage == "convert" and (mean, std) == (0, 1):
+            found.warning(
+                "the reward model was converted without score_data: its scores are not normalised",
+                why="rto.score_coef and rto.score_clip mean standard deviations of the score, and this model's may be "
+                "far from 1",
+                way_out="convert it again with score_data, pairs like those of this run",
+            )
+        elif std < FLAT:
             found.warning(
                 f"the reward model is nearly flat: its raw scores have a standard deviation of {std:.2g}",
                 why=f"scores are divided by it, so differences of the size of its errors are made {1 / std:.0f} times "

@@ -15,6 +15,7 @@ from rto_megatron.distributed.save import DRAFT
 from rto_megatron.doctor.data import Rows
 from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.memory import ITEM_BYTES, Model
+from rto_megatron.metrics import rows_before
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.stages.resume import check_unchanged, digests, find_own, is_finished
 
@@ -63,6 +64,9 @@ def check_earlier_run(
     num_steps: int | None,
 ) -> None:
     """What an earlier start of this run has left, and whether this one would go on from it."""
+    metrics = config.run_dir / "tensorboard" / "metrics.jsonl"
+    if metrics.is_file():
+        found.attempt(partial(rows_before, metrics, 0), why="what is measured goes on below what is there")
     mixed = "two runs in one folder cannot be told apart, and each deletes the other's checkpoints"
     before = len(found.findings)
     own = found.attempt(partial(find_own, config, stage_of(config)), why=mixed, way_out="set another run_dir")

@@ -1,6 +1,5 @@
 """Wrong configs, data files and checkpoints, and what the doctor must say of each."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -74,8 +73,11 @@ def manifest(**values: object) -> Callable[[Path], None]:
 
 def rehash(folder: Path, name: str) -> None:
     """Have the checkpoint believe what a file holds now."""
+    from rto_megatron.distributed.checkpoint import digest_of, file_hash
+
     integrity = json.loads((folder / "integrity.json").read_text())
-    integrity["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    integrity["files"][name] = file_hash(folder / name)
+    integrity["digest"] = digest_of(integrity["files"])
     (folder / "integrity.json").write_text(json.dumps(integrity))
 
 
@@ -292,6 +294,14 @@ ROLES = {
         copy("reward", manifest(score_std=0.01)),
         by="nobody",
     ),
+    "a converted reward model that was never normalised": Case(
+        "rto",
+        "--reward_model={tmp}/reward",
+        "warning",
+        "converted without score_data: its scores are not normalised",
+        copy("reward", manifest(stage="convert", score_mean=0.0, score_std=1.0)),
+        by="nobody",
+    ),
     "another temperature than DPO's": Case(
         "rto", "--rollout.temperature=0.7", "note", "temperature is 0.7, and DPO was trained at 1", by="nobody"
     ),
@@ -484,6 +494,16 @@ FOLDER = {
         "error",
         "the run began with another checkpoint as reference",
         lambda tmp, chain: (copy("dpo", half_done)(tmp, chain), copy("sft", manifest(step=7))(tmp, chain)),
+    ),
+    "measurements that are none": Case(
+        "sft",
+        "--run_dir={tmp}",
+        "error",
+        r"metrics\.jsonl:1: must be a row of metrics",
+        lambda tmp, chain: ((tmp / "tensorboard").mkdir(), write("tensorboard/metrics.jsonl", 3, 4)(tmp, chain)),
+    ),
+    "an evaluation below a file": Case(
+        "evaluate", "--run_dir={tmp}/f/g", "error", "cannot be written", write("f", 0), by="nobody"
     ),
     "the folder of a longer run": Case(
         "dpo", "--run_dir={tmp}/dpo", "error", "has 9 steps, more than the 2", copy("dpo", manifest(step=9))

@@ -51,7 +51,7 @@ MAX_TOKENS = 64
 EXACT, TF32, BFLOAT16 = 1e-4, 5e-3, 2**-8
 """How far the live model may be from transformers, as a share of the largest logit or score (at least 1).
 
-In float32 the same sums in another order differ by 2e-6 of it (SmolLM2-135M); a norm's epsilon of 1e-6 in place of
+In float32 the same sums in another order differ by 5e-6 of it (SmolLM2-135M); a norm's epsilon of 1e-6 in place of
 1e-5 makes 8e-4. Transformer Engine multiplies float32 matrices as TF32, which keeps 10 bits."""
 
 NOISE = 4.0

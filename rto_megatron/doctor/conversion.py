@@ -7,6 +7,7 @@ from rto_megatron.data.tokenizer import check_vocabulary
 from rto_megatron.distributed.checkpoint import open_checkpoint
 from rto_megatron.doctor.findings import Section
 from rto_megatron.models.hf_config import config_from_hf, hf_class, scoring_from_hf
+from rto_megatron.models.hf_weights import HuggingFaceFolder
 from rto_megatron.stages.convert import (
     check_direction,
     check_out,
@@ -35,7 +36,12 @@ def check_conversion(found: Section, config: ConvertRun) -> None:
 
 def _check_way_in(found: Section, config: ConvertRun) -> None:
     unknown = "weights of another architecture would give another model than theirs"
-    model = found.attempt(partial(config_from_hf, config.source), why=unknown)
+    model = found.attempt(
+        partial(config_from_hf, config.source), why=unknown, way_out="take a model that the message allows"
+    )
+    found.attempt(
+        partial(_look_at_headers, config), why="every weight must come from somewhere", way_out="copy the folder again"
+    )
     tokenizer = found.attempt(partial(choose_tokenizer, config), why="a run folder holds its tokenizer")
     if model is None:
         return
@@ -48,6 +54,13 @@ def _check_way_in(found: Section, config: ConvertRun) -> None:
     for rule in architecture_rules(config, model, "the model"):
         found.attempt(rule.check, why=rule.why, way_out="choose a divisor")
     found.ok(f"{config.source} is a {hf_class(model, scoring)} of {model.num_layers} layers")
+
+
+def _look_at_headers(config: ConvertRun) -> None:
+    """Every tensor's shape and dtype; none is read."""
+    folder = HuggingFaceFolder(config.source)
+    for name in folder.names:
+        folder.shape(name)
 
 
 def _check_way_out(found: Section, config: ConvertRun) -> None:

@@ -538,6 +538,13 @@ FOLDER = {
     "a conversion with a setting of the other direction": Case(
         "convert", "--source={chain}/sft --out={tmp}/o --score_data=x", "error", "score_data must be null where a run"
     ),
+    "a conversion of half a model": Case(
+        "convert",
+        "--source={tmp} --out={tmp}/o",
+        "error",
+        "must name one of LlamaForCausalLM",
+        write("config.json", {"architectures": ["GPT2LMHeadModel"]}),
+    ),
     "a conversion of nothing": Case(
         "convert", "--source={tmp} --out={tmp}/o", "error", "must be a Hugging Face folder", write("x", 0)
     ),

@@ -116,7 +116,7 @@ METRICS: dict[str, str] = {
     "time/advantage_seconds": "Token rewards, advantages, whitening (seconds)",
     "time/update_seconds": "Forward and backward passes and optimizer steps of what is trained (seconds)",
     "time/evaluate_seconds": "Evaluation on held-out data (seconds)",
-    "time/save_seconds": "What a checkpoint holds the training up: its snapshot, or all of it if not in the background (seconds)",
+    "time/save_seconds": "What a save holds training up: the snapshot, or all of it if not in the background (seconds)",
     "time/step_seconds": "The whole step, evaluation included (seconds)",
 }
 """Name, as TensorBoard groups it -> one line: meaning (unit)."""

@@ -13,12 +13,15 @@ Any layout loads any layout. Nothing is read whose hash was not compared first.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
@@ -184,6 +187,31 @@ def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> N
         trainable.optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this optimizer ({error})") from None
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Of all numbers of two checkpoint folders: max |a - b| / (1 + |a|); infinite where one has others."""
+    mine, its = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
+    if mine.keys() != its.keys():
+        return float("inf")
+    largest = 0.0
+    for name, value in mine.items():
+        exact = torch.as_tensor(value).double()
+        if exact.numel():
+            largest = max(
+                largest, ((exact - torch.as_tensor(its[name]).double()).abs() / (1 + exact.abs())).max().item()
+            )
+    return largest
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Tensors and numbers of a nested state, by path."""
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, Tensor | int | float):
+        yield name, value
 
 
 def verify(checkpoint: Checkpoint, part: str) -> None:

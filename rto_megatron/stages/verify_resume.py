@@ -16,18 +16,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from megatron.core import dist_checkpointing
-from torch import Tensor
 
 from rto_megatron.config.load import load_any
 from rto_megatron.config.run import RTORun
-from rto_megatron.distributed.checkpoint import TRACKER, Checkpoint, open_checkpoint
+from rto_megatron.distributed.checkpoint import TRACKER, Checkpoint, largest_difference, open_checkpoint
 from rto_megatron.distributed.runtime import environment_alone, start_runtime, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console
@@ -182,29 +177,6 @@ class Proof:
             for row, same in zip(mine, its, strict=True):
                 metrics = max(metrics, *(abs(row[name] - same[name]) / (1 + abs(row[name])) for name in row))
         return Difference(weights, optimizers, metrics)
-
-
-def largest_difference(first: Path, second: Path) -> float:
-    """Of all numbers of two checkpoint folders: max |a - b| / (1 + |a|); infinite where one has others."""
-    mine, its = (dict(_leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
-    if mine.keys() != its.keys():
-        return float("inf")
-    largest = 0.0
-    for name, value in mine.items():
-        exact = torch.as_tensor(value).double()
-        if exact.numel():
-            largest = max(largest, ((exact - torch.as_tensor(its[name]).double()).abs() / (1 + exact.abs())).max().item())
-    return largest
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors and numbers of a nested state, by path."""
-    if isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _leaves(item, f"{name}/{key}")
-    elif isinstance(value, Tensor | int | float):
-        yield name, value
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:

@@ -101,11 +101,11 @@ def difference(first, second):
     """Of the tensors of two folders."""
     from megatron.core import dist_checkpointing
 
+    from rto_megatron.distributed.checkpoint import leaves
     from rto_megatron.distributed.runtime import start_runtime
-    from rto_megatron.stages.verify_resume import _leaves
 
     start_runtime(threads=1)
-    mine, its = (dict(_leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
+    mine, its = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
     names = [name for name in mine if hasattr(mine[name], "double")]
     assert names and set(names) == {name for name in its if hasattr(its[name], "double")}
     return max((mine[name].double() - its[name].double()).abs().max().item() for name in names)

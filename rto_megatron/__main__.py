@@ -29,7 +29,7 @@ NOT_PROVEN = 3
 
 COMMANDS = {
     "doctor": "doctor.command",
-    "parity": "stages.parity",
+    "parity": "parity.command",
     "verify-resume": "stages.verify_resume",
 }
 """What looks at the run of a stage and does not train it -> module with `main(path, words)`, which returns the exit

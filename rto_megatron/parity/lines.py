@@ -21,13 +21,13 @@ LINES = {
     "start/policy_weights": ("same", "policy before the step, as each rank loaded its pieces"),
     "start/critic_weights": ("same", "critic before the step, its fresh head included"),
     "rollout/tokens": ("tokens", "responses that took another token; relative: of all tokens up to there"),
-    "rollout/decode_log_probs": ("said", "nats, as sampled with the key-value cache, up to the first other token"),
-    "signal/policy_log_probs": ("said", "nats, by the forward of training"),
-    "signal/ref_log_probs": ("said", "nats, of the reference"),
-    "signal/dpo_log_probs": ("said", "nats, of the DPO policy"),
-    "signal/values": ("said", "reward units, of the critic"),
-    "signal/raw_scores": ("said", "the reward model's own units"),
-    "signal/scores": ("said", "normalised and clipped"),
+    "rollout/decode_log_probs": ("log_probs", "nats, as sampled with the key-value cache, up to the first other token"),
+    "signal/policy_log_probs": ("log_probs", "nats, by the forward of training"),
+    "signal/ref_log_probs": ("log_probs", "nats, of the reference"),
+    "signal/dpo_log_probs": ("log_probs", "nats, of the DPO policy"),
+    "signal/values": ("heads", "reward units, of the critic"),
+    "signal/raw_scores": ("heads", "the reward model's own units"),
+    "signal/scores": ("heads", "normalised and clipped"),
     "reward/dpo": ("derived", "reward units, a token: scaled, clipped and placed"),
     "reward/kl": ("derived", "reward units, a token"),
     "reward/score": ("derived", "reward units, on the last token"),
@@ -48,8 +48,8 @@ LINES = {
     "critic/gradient": ("gradient", "as the policy's"),
     "critic/weights": ("step", "as the policy's"),
     "critic/copies": ("same", "as the policy's"),
-    "after/policy_log_probs": ("after", "nats, of the same responses under the updated policy"),
-    "after/values": ("after", "reward units, of the updated critic"),
+    "after/policy_log_probs": ("log_probs", "nats, of the same responses under the updated policy"),
+    "after/values": ("heads", "reward units, of the updated critic"),
 }
 """Line -> its kind and what it is, in the order of the step: the first one that fails is nearest to the fault."""
 
@@ -98,27 +98,36 @@ TOLERANCES = {
     "float32": {
         "same": Tolerance(),
         "tokens": Tolerance(relative=1e-4),
-        "said": Tolerance(1e-5, 3e-5),
-        "derived": Tolerance(1e-6, 1e-6),
-        "report": Tolerance(1e-5, 3e-5),
-        "gradient": Tolerance(relative=1e-4),
+        "log_probs": Tolerance(1e-5, 3e-5),
+        "heads": Tolerance(1e-6, 3e-5),
+        "derived": Tolerance(relative=1e-6),
+        "report": Tolerance(1e-5, 2e-4),
+        "gradient": Tolerance(relative=5e-4),
         "step": Tolerance(relative=1e-3),
-        "after": Tolerance(1e-4, 1e-4),
     },
     "bfloat16": {
         "same": Tolerance(),
         "tokens": Tolerance(relative=0.1),
-        "said": Tolerance(0.1, 0.03),
-        "derived": Tolerance(1e-6, 1e-6),
-        "report": Tolerance(0.01, 0.05),
-        "gradient": Tolerance(relative=0.5),
+        "log_probs": Tolerance(0.1, 0.06),
+        "heads": Tolerance(1e-3, 0.1),
+        "derived": Tolerance(relative=1e-6),
+        "report": Tolerance(0.01, 0.1),
+        "gradient": Tolerance(relative=0.6),
         "step": Tolerance(relative=0.3),
-        "after": Tolerance(0.3, 0.1),
     },
 }
 """compute.dtype -> kind of line -> tolerance.
 
-TODO justify"""
+Several times what rounding alone was seen to do, relative and at worst, of SmolLM2-135M (30 layers; tensor 3) and a
+model of 4 layers and width 32 (tensor 2, with and without sequence parallelism, pipeline 2, data 2), on CPU:
+
+              tokens   log-probs   heads   report   gradient    step
+    float32        0      2.3e-6  1.4e-6   2.3e-5     2.9e-5  7.3e-6
+    bfloat16       0        0.03    0.04     0.03       0.23    0.10
+
+What is *derived* is the same arithmetic on the same numbers: on a CPU the same bits. A loss is a sum that may cancel
+to nothing, hence the absolute part of reports. The faults of tests/parity/faults.py are all beyond float32's.
+"""
 
 
 def tolerance(line: str, dtype: str) -> Tolerance:

@@ -7,7 +7,7 @@ import torch
 
 from rto_megatron.batch import Rollout
 from rto_megatron.models.weights import Shard
-from rto_megatron.stages.parity_lines import (
+from rto_megatron.parity.lines import (
     NOTHING,
     Difference,
     Tolerance,

@@ -1,11 +1,10 @@
-"""The parity certificate: one step of a run on its layout against the same step in one process, line by line."""
+"""`parity`: one step of a run on its layout against the same step in one process, line by line."""
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from subprocess import Popen, TimeoutExpired
@@ -19,12 +18,12 @@ from rto_megatron.distributed.collectives import barrier, broadcast_object, gath
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main, start_runtime, stop_runtime, world_size
 from rto_megatron.errors import ConfigError, UserError
-from rto_megatron.metrics import Console, format_number
+from rto_megatron.metrics import Console
 from rto_megatron.models.weights import Shard
-from rto_megatron.stages import parity_one
-from rto_megatron.stages.generate import check_writable, write_text
-from rto_megatron.stages.parity_leg import Leg, read_weight, walk
-from rto_megatron.stages.parity_lines import (
+from rto_megatron.parity import one_process
+from rto_megatron.parity.certificate import COLUMNS, Certificate
+from rto_megatron.parity.leg import Leg, read_weight, walk
+from rto_megatron.parity.lines import (
     LINES,
     NOTHING,
     Difference,
@@ -37,6 +36,7 @@ from rto_megatron.stages.parity_lines import (
     token_differences,
     tolerance,
 )
+from rto_megatron.stages.generate import check_writable, write_text
 from rto_megatron.stages.rto import Setup, prepare
 from rto_megatron.stages.rules import check_run
 
@@ -46,77 +46,6 @@ POLL_SECONDS = 5.0
 """Between two words of rank 0 to the ranks that wait: far below a collective's timeout, however long the leg takes."""
 LAST_LINES = 15
 """Of what the one process said, where it fails."""
-
-COLUMNS = ("line", "max abs", "max rel", "tolerance", "used", "worst at", "verdict")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Certificate:
-    """What was compared, and what came out."""
-
-    about: dict[str, object]
-    """Layout, versions, weights: name -> value."""
-    dtype: str
-    """The arithmetic, which sets the tolerances."""
-    found: dict[str, Difference]
-    """Line -> the worst of all ranks, in the order of LINES."""
-
-    @property
-    def failed(self) -> list[str]:
-        """Lines beyond their tolerance."""
-        return [line for line, difference in self.found.items() if not difference.passed]
-
-    @property
-    def verdict(self) -> str:
-        """In one sentence."""
-        if not self.failed:
-            return f"PASS: all {len(self.found)} lines are within their tolerance"
-        return f"FAIL: {len(self.failed)} of {len(self.found)} lines, the first of them {self.failed[0]}"
-
-    def rows(self) -> list[list[object]]:
-        """The table, as in COLUMNS."""
-        return [
-            [
-                line,
-                found.max_abs,
-                found.max_rel,
-                str(tolerance(line, self.dtype)),
-                found.used,
-                found.where,
-                "pass" if found.passed else "FAIL",
-            ]
-            for line, found in self.found.items()
-        ]
-
-    def markdown(self) -> str:
-        """For people."""
-        table = [[*COLUMNS, "what"], ["---"] * (len(COLUMNS) + 1)]
-        table += [[*map(format_number, row), LINES[str(row[0])][1]] for row in self.rows()]
-        about = [["", ""], ["---", "---"], *([name, str(value)] for name, value in self.about.items())]
-        text = ["# Parity with one process", "", f"**{self.verdict}.**", "", *map(_row, about), "", *map(_row, table)]
-        return "\n".join([*text, "", EXPLAINED, ""])
-
-    def json(self) -> str:
-        """For programs."""
-        lines = [
-            {
-                "line": line,
-                "what": LINES[line][1],
-                **asdict(found),
-                "tolerance": asdict(tolerance(line, self.dtype)),
-                "passed": found.passed,
-            }
-            for line, found in self.found.items()
-        ]
-        content = {"passed": not self.failed, "verdict": self.verdict, "about": self.about, "lines": lines}
-        return json.dumps(content, indent=1) + "\n"
-
-
-EXPLAINED = (
-    "*max rel* is relative to the largest size of the line, or of the tensor, in one process; *used* is the share of "
-    "the tolerance that the worst element uses. Both legs learn from the one process's responses, so each line "
-    "compares like with like."
-)
 
 
 def main(path: Path | None, words: list[str]) -> int:
@@ -143,7 +72,7 @@ def certify(config: RTORun, runtime: Runtime) -> Certificate:
     check_run(config, mesh.data.size)  # now, rather than when the one process is done
     check_writable("run_dir", folder / "parity.json")
     console.say(f"parity: one process takes the step first, then the {world_size()} of this layout")
-    with one_process(config, folder / "one_process") as reference:
+    with taken_alone(config, folder / "one_process") as reference:
         setup, _ = prepare(config, runtime)
         certificate = compare(setup, config, reference)
     if is_main():
@@ -156,7 +85,7 @@ def certify(config: RTORun, runtime: Runtime) -> Certificate:
 
 
 @contextmanager
-def one_process(config: RTORun, folder: Path) -> Iterator[Path]:
+def taken_alone(config: RTORun, folder: Path) -> Iterator[Path]:
     """The folder with the leg of one process, which goes when the block ends; every rank must call.
 
     Raises:
@@ -165,7 +94,7 @@ def one_process(config: RTORun, folder: Path) -> Iterator[Path]:
     child = None
     if is_main():
         shutil.rmtree(folder, ignore_errors=True)
-        child = parity_one.start(config, folder)
+        child = one_process.start(config, folder)
     try:
         problem = _wait(child, folder)
         if problem is None:
@@ -192,7 +121,7 @@ def _wait(child: Popen | None, folder: Path) -> str | None:
         return None
     problem = None
     if child is not None:
-        lines = (folder / parity_one.LOG).read_text(errors="replace").strip().splitlines()
+        lines = (folder / one_process.LOG).read_text(errors="replace").strip().splitlines()
         problem = "\n".join([f"the one process of parity ended with exit code {code}:", *lines[-LAST_LINES:]])
     return broadcast_object(problem)
 
@@ -265,7 +194,3 @@ def _about(setup: Setup, config: RTORun, one: Leg) -> dict[str, object]:
             [f"rto_megatron {__version__}", *(f"{name} {version(name)}" for name in ("torch", "megatron-core"))]
         ),
     }
-
-
-def _row(cells: Sequence[object]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

@@ -1,6 +1,6 @@
 """The one process that parity compares a layout with: a program of its own, started by rank 0.
 
-python -m rto_megatron.stages.parity_one FOLDER        reads FOLDER/run.yaml, writes the leg beside it
+python -m rto_megatron.parity.one_process FOLDER        reads FOLDER/run.yaml, writes the leg beside it
 """
 
 import os
@@ -25,7 +25,7 @@ def start(config: RTORun, folder: Path) -> subprocess.Popen:
     (folder / "run.yaml").write_text(dump_run(replace(config, parallel=ParallelConfig())))
     with (folder / LOG).open("w") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "rto_megatron.stages.parity_one", str(folder), str(os.getpid())],
+            [sys.executable, "-m", "rto_megatron.parity.one_process", str(folder), str(os.getpid())],
             env=environment_alone(),
             stdout=log,
             stderr=log,
@@ -39,7 +39,7 @@ def main(folder: Path, parent: int) -> int:
         _, config = load_any(folder / "run.yaml", [])
         prepare_imports()
         # after prepare_imports, because they import Megatron
-        from rto_megatron.stages.parity_leg import walk, write_weights
+        from rto_megatron.parity.leg import walk, write_weights
         from rto_megatron.stages.rto import prepare
 
         setup, _ = prepare(config, start_runtime(threads=config.compute.threads))

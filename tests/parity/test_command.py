@@ -7,9 +7,9 @@ import pytest
 
 from rto_megatron.config.load import load_run
 from rto_megatron.errors import ConfigError
+from tests.parity.faults import FAULTS, LAYOUTS, RATES
 from tests.ranks import RanksFailed, run_ranks
-from tests.stages.chain import words_of
-from tests.stages.faults import FAULTS, LAYOUTS, RATES
+from tests.stages.chain import run_stage, words_of
 
 
 def words(chain, *more):
@@ -30,40 +30,49 @@ def words(chain, *more):
     ]
 
 
-def take_alone(chain, folder):
-    """The leg of one process, kept in a folder."""
+def take_alone(chain, legs):
+    """Legs of one process: folder -> words of the config beyond `words`."""
     from rto_megatron.distributed.runtime import start_runtime
-    from rto_megatron.stages.parity_leg import walk, write_weights
+    from rto_megatron.parity.leg import walk, write_weights
     from rto_megatron.stages.rto import prepare
 
-    config = load_run("rto", None, words(chain))
-    setup, _ = prepare(config, start_runtime(threads=1))
-    walk(setup, config, write_weights(folder)).save(folder)
+    runtime = start_runtime(threads=1)
+    for folder, more in legs.items():
+        config = load_run("rto", None, words(chain, *more))
+        setup, _ = prepare(config, runtime)
+        folder.mkdir(exist_ok=True)
+        walk(setup, config, write_weights(folder)).save(folder)
 
 
 def certify_with(faults, chain, folder, layout):
     """Name -> (lines that failed, all differences), with each fault planted in turn, and with none."""
-    from rto_megatron.distributed.runtime import rank, start_runtime
-    from rto_megatron.stages.parity import compare
-    from rto_megatron.stages.rto import prepare
+    from rto_megatron.distributed.runtime import rank
 
-    runtime, found = start_runtime(threads=1), {}
+    found = {}
     for name in ("", *faults):
         with pytest.MonkeyPatch.context() as patch:
             if name:
                 FAULTS[name].plant(patch, rank())
-            config = load_run("rto", None, words(chain, *layout))
-            setup, _ = prepare(config, runtime)
-            certificate = compare(setup, config, folder)
+            certificate = certificate_of(words(chain, *layout), folder)
         found[name] = (certificate.failed, certificate.found)
     return found
+
+
+def certificate_of(words, folder):
+    from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.parity.command import compare
+    from rto_megatron.stages.rto import prepare
+
+    config = load_run("rto", None, words)
+    setup, _ = prepare(config, start_runtime(threads=1))
+    return compare(setup, config, folder)
 
 
 @pytest.fixture(scope="module")
 def alone(chain, tmp_path_factory):
     """A folder with the leg of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    run_ranks(take_alone, 1, chain, folder)
+    run_ranks(take_alone, 1, chain, {folder: []})
     return folder
 
 
@@ -99,16 +108,42 @@ def test_a_fault_fails_its_line_first(name, certified):
 
 
 def test_every_line_has_a_fault_that_it_alone_is_first_to_see():
-    from rto_megatron.stages.parity_lines import LINES
+    from rto_megatron.parity.lines import LINES
 
     assert {fault.line for fault in FAULTS.values()} == set(LINES)
 
 
+def tied_sft(chain, folder):
+    run_stage("sft", chain, [f"--run_dir={folder}/tied", "--model.tie_embeddings=true", "--train.max_steps=1"])
+
+
+def certify_all(chain, layout, legs):
+    """The lines that failed in each config, and how many there were."""
+    found = [certificate_of(words(chain, *more, *layout), folder) for folder, more in legs.items()]
+    return [(certificate.failed, len(certificate.found)) for certificate in found]
+
+
+def test_other_optimizers_arithmetic_and_estimators_pass_too(chain, tmp_path):
+    plain = ["--optimizer.distributed=false", "--critic_optimizer.distributed=false"]
+    half, no_critic = ["--compute.dtype=bfloat16"], ["--advantage.estimator=reinforce_pp"]
+    legs = {tmp_path / str(i): more for i, more in enumerate((plain, half, half + plain, no_critic))}
+    run_ranks(take_alone, 1, chain, legs)
+    # a critic has eight lines: its start, six of its update, its values afterwards
+    assert run_ranks(certify_all, 2, chain, LAYOUTS["data 2"], legs) == [[([], 32)] * 3 + [([], 24)]] * 2
+
+
+def test_the_two_copies_of_tied_embeddings_pass_on_two_stages(chain, tmp_path):
+    run_ranks(tied_sft, 1, chain, tmp_path)
+    roles = [f"--policy={tmp_path}/tied", f"--reference={tmp_path}/tied", "--allow_other_reference=true"]
+    run_ranks(take_alone, 1, chain, {tmp_path / "alone": roles})
+    assert run_ranks(certify_all, 2, chain, LAYOUTS["pipeline 2"], {tmp_path / "alone": roles}) == [[([], 32)]] * 2
+
+
 def run_command(words):
     """The exit code of `parity` in this rank."""
-    from rto_megatron.stages import parity
+    from rto_megatron.parity.command import main
 
-    return parity.main(None, ["--stage=rto", *words])
+    return main(None, ["--stage=rto", *words])
 
 
 def run_command_with_a_fault(words, alone):
@@ -116,7 +151,7 @@ def run_command_with_a_fault(words, alone):
     from rto_megatron.distributed.runtime import rank
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rto_megatron.stages.parity.one_process", lambda config, folder: nullcontext(alone))
+        patch.setattr("rto_megatron.parity.command.taken_alone", lambda config, folder: nullcontext(alone))
         FAULTS["advantages are not whitened"].plant(patch, rank())
         return run_command(words)
 
@@ -159,7 +194,7 @@ def test_what_stops_the_one_process_is_told(chain, tmp_path):
 
 
 def test_the_config_of_another_stage_is_refused(tmp_path):
-    from rto_megatron.stages.parity import main
+    from rto_megatron.parity.command import main
 
     words = ["--stage=reward", f"--run_dir={tmp_path}/r", f"--start={tmp_path}", f"--data.train={tmp_path}/x.jsonl"]
     with pytest.raises(ConfigError, match="parity takes the config of an rto or ppo run, got one of reward"):

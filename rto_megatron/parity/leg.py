@@ -102,7 +102,9 @@ def walk(setup: Setup, config: RTORun, keep: Keep, *, one: Leg | None = None) ->
         keep(f"{role.name}/copies", shards(role.model))
     _, after = judge(setup, config, asked)
     lines = {f"signal/{name}": getattr(signals, name) for name in SIGNALS} | _lines_of(step)
-    lines |= {"after/policy_log_probs": after.policy_log_probs, "after/values": after.values}
+    lines["after/policy_log_probs"] = after.policy_log_probs
+    if setup.actors.critic:
+        lines["after/values"] = after.values
     return Leg(
         rollout=gather_rows(sampled, mesh).to(CPU),
         signals=signals.to(CPU),

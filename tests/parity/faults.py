@@ -250,7 +250,7 @@ def stale(name: str) -> Callable[[Any, int], None]:
             first.append(getattr(signals, name))
             return rollout, dataclasses.replace(signals, **{name: first[0]})
 
-        returns("rto_megatron.stages.parity_leg.judge", keep, only=1)(patch, rank)
+        returns("rto_megatron.parity.leg.judge", keep, only=1)(patch, rank)
 
     return plant
 
@@ -260,9 +260,7 @@ ACTORS, EXPERIENCE = "rto_megatron.stages.actors", "rto_megatron.rollout.experie
 FAULTS = {
     "a tensor rank loads other rows of the embedding": Fault("start/policy_weights", "tensor 2", load_other_rows),
     "a replica draws a critic head of its own": Fault("start/critic_weights", "data 2", draw_own_head),
-    "matrix products are not summed over tensor ranks": Fault(
-        "signal/policy_log_probs", "tensor 2", drop_matrix_sum
-    ),
+    "matrix products are not summed over tensor ranks": Fault("signal/policy_log_probs", "tensor 2", drop_matrix_sum),
     "decoding does not sum over tensor ranks": Fault(
         "rollout/tokens",
         "tensor 2",
@@ -285,9 +283,11 @@ FAULTS = {
         "signal/values", "data 2", returns(f"{ACTORS}.state_values", lambda x: x.roll(-1, 1))
     ),
     "scores are read before the last token": Fault(
-        "signal/raw_scores", "tensor 2, sequence parallel", lambda patch, _: wrap(
+        "signal/raw_scores",
+        "tensor 2, sequence parallel",
+        lambda patch, _: wrap(
             patch, f"{ACTORS}.sequence_scores", lambda real: lambda outputs, num_tokens: real(outputs, num_tokens - 1)
-        )
+        ),
     ),
     "a replica normalises scores by its own mean": Fault(
         "signal/scores", "data 2", given(f"{ACTORS}.normalise_scores", only=1, mean=0.5)
@@ -325,8 +325,12 @@ FAULTS = {
     "gradients of norms are not summed over tensor ranks": Fault(
         "policy/grad_norm", "tensor 2, sequence parallel", no_gradient_sum
     ),
-    "gradients are divided by the number of microbatches": Fault("policy/grad_norm", "pipeline 2", mean_over_microbatches),
-    "a rank is a step ahead in the policy's schedule": Fault("policy/learning_rate", "data 2", rate_of_one_role("policy")),
+    "gradients are divided by the number of microbatches": Fault(
+        "policy/grad_norm", "pipeline 2", mean_over_microbatches
+    ),
+    "a rank is a step ahead in the policy's schedule": Fault(
+        "policy/learning_rate", "data 2", rate_of_one_role("policy")
+    ),
     "two weights of the policy get each other's gradient": Fault(
         "policy/gradient", "pipeline 2", around_step("policy", before=exchange_gradients)
     ),
@@ -336,7 +340,9 @@ FAULTS = {
     "the value head is not synchronised over tensor ranks": Fault(
         "critic/grad_norm", "tensor 2, sequence parallel", unsynchronised_head
     ),
-    "a rank is a step ahead in the critic's schedule": Fault("critic/learning_rate", "tensor 2", rate_of_one_role("critic")),
+    "a rank is a step ahead in the critic's schedule": Fault(
+        "critic/learning_rate", "tensor 2", rate_of_one_role("critic")
+    ),
     "two weights of the critic get each other's gradient": Fault(
         "critic/gradient", "pipeline 2", around_step("critic", before=exchange_gradients)
     ),
@@ -344,7 +350,9 @@ FAULTS = {
         "critic/weights", "pipeline 2", around_step("critic", rate=1.01)
     ),
     "a copy of a critic norm drifts": Fault("critic/copies", "data 2", around_step("critic", after=drift)),
-    "a rank remembers log-probs of the policy before": Fault("after/policy_log_probs", "tensor 2", stale("policy_log_probs")),
+    "a rank remembers log-probs of the policy before": Fault(
+        "after/policy_log_probs", "tensor 2", stale("policy_log_probs")
+    ),
     "a rank remembers values of the critic before": Fault("after/values", "data 2", stale("values")),
 }
 """What is wrong -> where it is planted, and the line that must say so first."""

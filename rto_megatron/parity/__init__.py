@@ -1,0 +1,1 @@
+"""Proof that a layout does what one process does: `parity`."""

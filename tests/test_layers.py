@@ -33,6 +33,8 @@ BESIDE = {"metric_names": "metrics"}
 """Top-level modules that belong to the layer of another."""
 
 MEGATRON_LAYERS = {"distributed", "models", "rollout"}
+PURE_SCHEDULE = {f"schedule.{name}" for name in ("work", "placement", "lane", "policy", "trace", "simulate")}
+"""Decides the schedule, and simulates it: imports no torch, directly or through others of ours."""
 DEVICE_WORDS = {"cuda", "nccl", "gloo", "transformer_engine"}
 DEVICE_MODULES = {"distributed.runtime", "distributed.cpu", "distributed.cpu_patches", "distributed.cpu_stand_ins"}
 SAYS_NOTHING = {"utils", "util", "common", "manager", "helper", "helpers", "handler", "base", "misc"}
@@ -109,6 +111,17 @@ def test_reading_a_config_needs_no_torch(module):
         heavy = sorted(module.imports_of("torch") | module.imports_of("megatron") | module.imports_of("transformers"))
         assert not heavy, (
             f"{module.name} imports {heavy}; a wrong config must be told at once: move the use above config"
+        )
+
+
+@every_module
+def test_the_schedule_decides_without_torch(module):
+    if module.name in PURE_SCHEDULE:
+        heavy = sorted(module.imports_of("torch") | module.imports_of("megatron"))
+        theirs = our_imports(module) - PURE_SCHEDULE
+        below = sorted(name for name in theirs if MODULES[name].layer not in ("errors", "config"))
+        assert not heavy and not below, (
+            f"{module.name} imports {heavy + below}; it must stay plain Python: let the caller hand in what it says"
         )
 
 

@@ -1,0 +1,105 @@
+"""Role maps: which group of ranks decodes, scores and trains.
+
+A group is a model-parallel replica: the ranks that share one copy of a model, and do the same items in the same order.
+"""
+
+from dataclasses import dataclass
+
+MAPS = ("colocated", "fused", "split")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleMap:
+    """The groups of each role. A group may have several roles; made by `colocated`, `fused` or `split`."""
+
+    name: str
+    engines: tuple[int, ...]
+    """Groups that write responses; lanes are dealt out to them."""
+    scorers: tuple[int, ...]
+    """Groups that score packs; packs are dealt out to them."""
+    policy: tuple[int, ...]
+    """Groups that train the policy, each a share of every minibatch."""
+    critic: tuple[int, ...]
+    """Groups that train the critic; none without one."""
+    streams: bool
+    """Whether a pack may be scored while other responses are still being written."""
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "scorers", "policy"):
+            if not getattr(self, name):
+                raise ValueError(f"the {self.name} map needs at least one group in {name}")
+
+        if 0 < len(set(self.engines) & set(self.policy)) < len(self.engines):
+            raise ValueError(f"the {self.name} map: either all groups that write train the policy, or none does")
+
+    @property
+    def groups(self) -> range:
+        """All of them."""
+        return range(1 + max(*self.engines, *self.scorers, *self.trainers))
+
+    @property
+    def trainers(self) -> tuple[int, ...]:
+        """Those that train policy or critic."""
+        return tuple(sorted({*self.policy, *self.critic}))
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether every engine decodes with the weights that its own group trains: nothing is copied."""
+        return set(self.engines) <= set(self.policy)
+
+    def engine_of(self, lane: int, num_lanes: int) -> int:
+        """The group that writes the responses of a lane."""
+        return self.engines[lane * len(self.engines) // num_lanes]
+
+    def scorer_of(self, lane: int, pack: int, num_lanes: int) -> int:
+        """The group that scores a pack: the one that wrote it, or each scorer in turn.
+
+        Fixed by numbers, not by who is free: so no two groups can claim a pack, and nobody has to be asked.
+        """
+        if self.scorers == self.engines:
+            return self.engine_of(lane, num_lanes)
+        return self.scorers[(lane + pack) % len(self.scorers)]
+
+    def snapshots(self, *, moves: bool) -> tuple[int, ...]:
+        """Scorers that need a copy of policy and critic as they were when the responses were written.
+
+        Args:
+            moves: whether training may move the weights while responses of the same version are unscored. Where it
+                does not, a group that trains both scores with what it trains.
+        """
+        own = set() if moves else set(self.policy) & set(self.critic or self.policy)
+        return tuple(group for group in self.scorers if group not in own)
+
+
+def colocated(num_groups: int, *, critic: bool = True) -> RoleMap:
+    """All roles everywhere, one phase after the other: the sequential run."""
+    every = tuple(range(num_groups))
+    return RoleMap(
+        name="colocated", engines=every, scorers=every, policy=every, critic=every if critic else (), streams=False
+    )
+
+
+def fused(num_groups: int, *, critic: bool = True) -> RoleMap:
+    """All roles everywhere; a group whose responses are written turns to scoring while others still write."""
+    every = tuple(range(num_groups))
+    return RoleMap(
+        name="fused", engines=every, scorers=every, policy=every, critic=every if critic else (), streams=True
+    )
+
+
+def split(
+    num_rollout: int, num_policy: int, num_critic: int = 0, *, critic: bool = True, score: str = "train"
+) -> RoleMap:
+    """The first groups write, the rest train.
+
+    Args:
+        num_critic: groups that train the critic beside the policy's; 0 trains both on the policy's groups.
+        score: `train`, `rollout` or `all`: the groups that score.
+    """
+    engines, rest = tuple(range(num_rollout)), num_rollout + num_policy
+    policy, own = tuple(range(num_rollout, rest)), tuple(range(rest, rest + num_critic))
+    scorers = {"train": policy + own, "rollout": engines, "all": engines + policy + own}
+    if score not in scorers:
+        raise ValueError(f"score must be one of {', '.join(scorers)}, got {score!r}")
+    critics = (own or policy) if critic else ()
+    return RoleMap(name="split", engines=engines, scorers=scorers[score], policy=policy, critic=critics, streams=True)

@@ -1,0 +1,325 @@
+"""Which item runs next, on which group: the schedule of a run as a state machine, without a clock, torch or messages.
+
+    loop of a group's leader                      what a group does, most urgent first
+        item = schedule.next(group)                   1. its program, if its next item may begin
+        ... every rank of the group runs it           2. the next pass of one of its lanes
+        schedule.done(group, item, lengths)           3. the oldest pack that it is to score
+
+The *program* lists training and all that groups do together; each group does its part of it, in order:
+
+    step i:   advantage                                    once all samples of the step are scored
+              for each minibatch:                          (or of the minibatch, with early minibatches)
+                  train policy, optimizer policy, train critic, optimizer critic
+              refit engine, version i + 1                  once no response of an older version is being written
+              refit scorer, version i + 1                  once no response of an older version is unscored
+
+As everybody meets the shared items in one order, no two groups can wait for each other in different ones. Who decodes
+which lane and scores which pack is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks
+(`lane.py`): time decides only when, so the weights come out the same however long anything takes.
+
+Responses of step i are written and judged by version max(0, i - staleness): version v is the weights after v steps.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+
+from rto_megatron.schedule.lane import Lane, Pack
+from rto_megatron.schedule.placement import RoleMap
+from rto_megatron.schedule.work import Item, Sizes, StepInput
+
+INFINITY = float("inf")
+
+
+class Schedule:
+    """The state of a run's schedule: asked by each group for work, told what is done.
+
+    One process may answer for all groups, or each leader may keep its own: then it must be told what the others have
+    done, sooner or later, no event before those that it followed from.
+    """
+
+    def __init__(
+        self,
+        placement: RoleMap,
+        sizes: Sizes,
+        inputs: Callable[[int], StepInput],
+        *,
+        staleness: int = 0,
+        early: bool = False,
+    ) -> None:
+        """Nothing has run.
+
+        Args:
+            inputs: what is known of a step beforehand; asked once a step.
+            staleness: 0 writes the responses of a step with the newest weights; 1 with those of the step before.
+            early: fill the minibatches of the first epoch with responses in the order in which they end, and train
+                each once it is scored; its advantages are whitened by themselves.
+
+        Raises:
+            ValueError: the numbers do not fit each other.
+        """
+        _check(placement, sizes, staleness, early)
+        self.placement, self.sizes, self.staleness, self.early = placement, sizes, staleness, early
+        self._inputs, self._steps = inputs, {}
+        self._snapshots = placement.snapshots(moves=early or staleness > 0)
+        self._programs = {group: chain.from_iterable(self._parts(group)) for group in placement.groups}
+        self._heads: dict[int, Item | None] = {group: next(self._programs[group], None) for group in placement.groups}
+        self._ended: Counter[tuple] = Counter()
+        self._running: dict[int, Item] = {}
+        self._lanes_of: dict[int, list[int]] = {group: [] for group in placement.groups}
+        for lane in range(sizes.lanes):
+            self._lanes_of[placement.engine_of(lane, sizes.lanes)].append(lane)
+        self._refits: Counter[tuple[int, str]] = Counter()
+        self._to_score: dict[int, list[Pack]] = {group: [] for group in placement.scorers}
+        self._first_step = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return all(head is None for head in self._heads.values())
+
+    def next(self, group: int) -> Item | None:
+        """What `group` runs now; None if it has to wait until something else is done."""
+        if group in self._running:
+            raise ValueError(f"group {group} asks for work and has not said that {self._running[group].key} is done")
+        item = self._of_program(group) or self._of_lanes(group) or self._of_packs(group)
+        if item is not None:
+            self._running[group] = item
+        return item
+
+    def done(self, group: int, item: Item, lengths: Mapping[int, int] | None = None) -> None:
+        """`group` has done its part of `item`.
+
+        Args:
+            lengths: prefill and decode: tokens of each response that ended in it.
+
+        Raises:
+            ValueError: it was not `group`'s to do, or not now.
+        """
+        self._running.pop(group, None)
+        if item.kind in ("prefill", "decode"):
+            self._pass_made(item, lengths or {})
+        elif item.kind == "score":
+            self._pack_scored(group, item)
+        else:
+            self._program_moves(group, item)
+
+    # The program: training, and what groups do together.
+
+    def _parts(self, group: int) -> Iterator[Iterator[Item]]:
+        for step in range(self.sizes.num_steps):
+            yield (item for item in self._program(step) if group in item.groups)
+
+    def _program(self, step: int) -> Iterator[Item]:
+        """All items of one step that are not of a lane, in the order of every group; their samples come later."""
+        place = self.placement
+        trained = {"policy": place.policy, "critic": place.critic}
+        for number in range(len(self._step(step).minibatches)):
+            if self.early or number == 0:
+                yield Item(kind="advantage", step=step, groups=place.trainers, number=number, version=step)
+            for role, groups in trained.items():
+                if groups:
+                    work = {"step": step, "groups": groups, "number": number, "role": role, "version": step}
+                    yield Item(kind="train", **work)
+                    yield Item(kind="optimizer", **work)
+        version = step + 1
+        if version + self.staleness < self.sizes.num_steps:  # else no response would be written with it
+            refit = {"kind": "refit", "step": step, "number": version, "version": version}
+            if not place.shares_weights:
+                yield Item(groups=_union(place.policy, place.engines), role="engine", **refit)
+            if self._snapshots:
+                yield Item(groups=_union(place.trainers, self._snapshots), role="scorer", **refit)
+
+    def _of_program(self, group: int) -> Item | None:
+        head = self._heads[group]
+        if head is None:
+            return None
+        if head.kind == "refit":
+            return head if self._may_refit(head) else None
+        samples = self._members(head)
+        if samples is None or (head.kind == "advantage" and not self._are_scored(head.step, samples)):
+            return None
+        if head.kind == "train":
+            # Each group does a share of its own; they meet again in the optimizer step.
+            share = len(samples) // len(head.groups)
+            first = head.groups.index(group) * share
+            return replace(head, groups=(group,), samples=samples[first : first + share])
+        return replace(head, samples=samples)
+
+    def _members(self, item: Item) -> tuple[int, ...] | None:
+        """The samples that a step of training is about; None if it is not known yet."""
+        step = self._step(item.step)
+        if item.kind == "advantage" and not self.early:
+            return tuple(range(self.sizes.samples))
+        if not self.early or item.number >= self.sizes.minibatches:
+            return tuple(step.minibatches[item.number])
+        known, first = step.in_order_of_ending(), item.number * self.sizes.minibatch
+        return known[first : first + self.sizes.minibatch] if len(known) >= first + self.sizes.minibatch else None
+
+    def _are_scored(self, step: int, samples: tuple[int, ...]) -> bool:
+        scored = self._step(step).scored
+        return len(scored) >= len(samples) and scored.issuperset(samples)
+
+    def _may_refit(self, item: Item) -> bool:
+        """Whether the new weights exist, and the old ones are done with: steps before this one used them."""
+        trained = [
+            self._all_ended(Item(kind="optimizer", step=item.step, groups=groups, number=last, role=role))
+            for role, groups in (("policy", self.placement.policy), ("critic", self.placement.critic))
+            if groups and (role == "policy" or item.role == "scorer")
+            for last in [len(self._step(item.step).minibatches) - 1]
+        ]
+        of_older = range(self._first_step, item.version + self.staleness)
+        if item.role == "engine":
+            return all(trained) and all(self._step(step).drained for step in of_older)
+        return all(trained) and all(len(self._step(step).scored) == self.sizes.samples for step in of_older)
+
+    def _all_ended(self, item: Item) -> bool:
+        return self._ended[item.key] == len(item.groups)
+
+    def _program_moves(self, group: int, item: Item) -> None:
+        head = self._heads[group]
+        if head is None or head.key != item.key:
+            raise ValueError(f"group {group} has done {item.key}, and its program says {head and head.key}")
+        self._ended[item.key] += 1
+        if item.kind == "refit":
+            self._refits[group, item.role] += 1
+        self._heads[group] = next(self._programs[group], None)
+        at = min((head.step for head in self._heads.values() if head), default=self.sizes.num_steps)
+        while self._first_step < at:
+            del self._steps[self._first_step]
+            self._first_step += 1
+            self._ended = Counter({key: count for key, count in self._ended.items() if key[1] >= self._first_step})
+
+    # The lanes: writing responses.
+
+    def _of_lanes(self, group: int) -> Item | None:
+        # One more than are in flight: the refit of scorers may still wait when engines already have theirs.
+        for number in range(self._first_step, min(self._first_step + self.staleness + 2, self.sizes.num_steps)):
+            mine = [lane for lane in self._lanes_of[group] if not self._step(number).lanes[lane].drained]
+            if not mine:
+                continue
+            free = [lane for lane in mine if self._has_credit(lane)]
+            if not free or not self._has_version(group, number):
+                return None
+            return self._lane_item(number, min(free, key=lambda lane: self._step(number).lanes[lane].clock))
+        return None
+
+    def _lane_item(self, step: int, number: int) -> Item | None:
+        lane = self._step(step).lanes[number]
+        now = lane.upcoming()
+        return now and Item(
+            kind=now.kind,
+            step=step,
+            groups=(self.placement.engine_of(number, self.sizes.lanes),),
+            number=lane.num_passes,
+            lane=number,
+            samples=now.samples,
+            num_steps=now.num_steps,
+            version=self._version(step),
+        )
+
+    def _has_credit(self, lane: int) -> bool:
+        """Whether few enough packs of the lane wait; where scoring waits for the last response, all may."""
+        waiting = sum(pack.lane == lane for packs in self._to_score.values() for pack in packs)
+        return not self.placement.streams or waiting < self.sizes.waiting_packs
+
+    def _has_version(self, group: int, step: int) -> bool:
+        """Whether the group's engine holds the weights that write the responses of the step."""
+        if self.placement.shares_weights:
+            head = self._heads[group]
+            return head is None or head.step == step
+        return self._refits[group, "engine"] == self._version(step)
+
+    def _version(self, step: int) -> int:
+        return max(0, step - self.staleness)
+
+    def _pass_made(self, item: Item, lengths: Mapping[int, int]) -> None:
+        if item != self._lane_item(item.step, item.lane):
+            raise ValueError(f"{item.key} is done, and is not the next pass of lane {item.lane}")
+        for pack in self._step(item.step).lanes[item.lane].advance(lengths):
+            self._to_score[self.placement.scorer_of(pack.lane, pack.number, self.sizes.lanes)].append(pack)
+
+    # The packs: scoring.
+
+    def _of_packs(self, group: int) -> Item | None:
+        ready = [pack for pack in self._to_score.get(group, ()) if self._may_score(group, pack)]
+        return self._pack_item(group, min(ready, key=lambda pack: pack.age)) if ready else None
+
+    def _may_score(self, group: int, pack: Pack) -> bool:
+        if not self.placement.streams and not self._step(pack.step).drained:
+            return False
+        if group in self._snapshots:
+            return self._refits[group, "scorer"] == self._version(pack.step)
+        head = self._heads[group]
+        return head is None or head.step == pack.step  # it scores with what it trains
+
+    def _pack_item(self, group: int, pack: Pack) -> Item:
+        return Item(
+            kind="score",
+            step=pack.step,
+            groups=(group,),
+            number=pack.number,
+            lane=pack.lane,
+            samples=pack.samples,
+            version=self._version(pack.step),
+        )
+
+    def _pack_scored(self, group: int, item: Item) -> None:
+        for pack in self._to_score.get(group, ()):
+            if self._pack_item(group, pack) == item:
+                self._to_score[group].remove(pack)
+                self._step(pack.step).scored.update(pack.samples)
+                return
+        raise ValueError(f"group {group} has scored {item.key}, which does not wait there")
+
+    def _step(self, number: int) -> "_Step":
+        if number not in self._steps:
+            known = self._inputs(number)
+            known.check(self.sizes, step=number)
+            self._steps[number] = _Step(known, self.sizes, number)
+        return self._steps[number]
+
+
+class _Step:
+    """A step that is not over."""
+
+    def __init__(self, known: StepInput, sizes: Sizes, number: int) -> None:
+        self.minibatches = known.minibatches
+        self.lanes = [Lane(sizes, known.prompt_tokens, step=number, number=lane) for lane in range(sizes.lanes)]
+        self.scored: set[int] = set()
+
+    @property
+    def drained(self) -> bool:
+        """Whether all of its responses have ended."""
+        return all(lane.drained for lane in self.lanes)
+
+    def in_order_of_ending(self) -> tuple[int, ...]:
+        """Samples by clock, as far as none can come between them any more: to the clock that all lanes have passed."""
+        passed = min((lane.clock for lane in self.lanes if not lane.drained), default=INFINITY)
+        ended = sorted(chain.from_iterable(lane.ended for lane in self.lanes))
+        return tuple(sample for clock, sample in ended if clock <= passed)
+
+
+def _union(*groups: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(set().union(*groups)))
+
+
+def _check(placement: RoleMap, sizes: Sizes, staleness: int, early: bool) -> None:
+    if staleness not in (0, 1):
+        raise ValueError(f"staleness must be 0 or 1, got {staleness}")
+    if (staleness or early) and (set(placement.engines) & set(placement.trainers)):
+        raise ValueError(
+            f"staleness {staleness} with early {early} needs the split map, got {placement.name}: where a group writes "
+            "with the weights that it trains, training waits for the last response; use split, or neither of the two"
+        )
+    if sizes.lanes % len(placement.engines):
+        raise ValueError(
+            f"lanes must be a multiple of the {len(placement.engines)} groups that write, got {sizes.lanes}"
+        )
+    for role in ("policy", "critic"):
+        num = len(getattr(placement, role))
+        if num and sizes.minibatch % num:
+            raise ValueError(
+                f"minibatch must be a multiple of the {num} groups that train the {role}, got {sizes.minibatch}"
+            )

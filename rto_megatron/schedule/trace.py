@@ -1,0 +1,155 @@
+"""What ran when: rows of a trace, and what they add up to."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from rto_megatron.errors import DataError
+from rto_megatron.schedule.work import KINDS, Kind
+
+LETTERS: dict[Kind, str] = {
+    "prefill": "p",
+    "decode": "D",
+    "score": "S",
+    "advantage": "a",
+    "train": "T",
+    "optimizer": "o",
+    "refit": "r",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One item on one group. Measured and simulated traces have the same rows; seconds count from the first item."""
+
+    group: int
+    kind: Kind
+    role: str
+    step: int
+    lane: int
+    number: int
+    start: float
+    """When it began: for what groups do together, when the last of them had come."""
+    end: float
+    tokens: int = 0
+    """That were read or written: prompts and responses, decode: one a sample and step."""
+    samples: int = 0
+    squares: int = 0
+    """Sum over samples of their tokens squared: what attention pays."""
+    num_steps: int = 0
+    """Passes of the model in a row (decode)."""
+    context: int = 0
+    """Sum over decode steps and samples of the tokens that were attended to."""
+    num_bytes: int = 0
+    """That were sent."""
+
+    @property
+    def key(self) -> tuple:
+        """Names item and group: once in a run."""
+        return self.group, self.kind, self.step, self.lane, self.number, self.role
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """A trace in a few numbers."""
+
+    makespan: float
+    """Seconds from the first start to the last end."""
+    busy: dict[Kind, float]
+    """Seconds of each kind, a mean over groups."""
+    idle: dict[int, float]
+    """Of each group: seconds in which it ran nothing."""
+    overlap: float
+    """Share of the makespan in which different groups ran different kinds."""
+
+    @property
+    def idle_frac(self) -> float:
+        """Share of all groups' time in which nothing ran."""
+        return sum(self.idle.values()) / (self.makespan * len(self.idle)) if self.makespan else 0.0
+
+
+def summarise(rows: Sequence[Row], groups: Iterable[int] | None = None) -> Summary:
+    """Add up a trace; `groups` names those that count, if some may have run nothing."""
+    every = sorted({row.group for row in rows} | set(groups or ()))
+    first, last = min(row.start for row in rows), max(row.end for row in rows)
+    busy = {kind: sum(row.seconds for row in rows if row.kind == kind) / len(every) for kind in KINDS}
+    ran: Counter[int] = Counter()
+    for row in rows:
+        ran[row.group] += row.seconds
+    return Summary(
+        makespan=last - first,
+        busy=busy,
+        idle={group: last - first - ran[group] for group in every},
+        overlap=_mixed_seconds(rows) / (last - first) if last > first else 0.0,
+    )
+
+
+def _mixed_seconds(rows: Sequence[Row]) -> float:
+    """Seconds in which at least two kinds ran; writing responses, prefill and decode, counts as one."""
+    events = sorted((at, change, row.kind) for row in rows for at, change in ((row.start, 1), (row.end, -1)))
+    running: Counter[str] = Counter()
+    mixed = since = 0.0
+    for at, change, kind in events:
+        if sum(count > 0 for count in running.values()) > 1:
+            mixed += at - since
+        running["decode" if kind == "prefill" else kind] += change
+        since = at
+    return mixed
+
+
+def draw(rows: Sequence[Row], *, width: int = 100) -> str:
+    """A line a group: the kind that ran longest in each of `width` equal parts of the makespan; a dot for none."""
+    first, last = min(row.start for row in rows), max(row.end for row in rows)
+    part = (last - first) / width or 1.0
+    cells: dict[int, list[Counter[str]]] = {}
+    for row in rows:
+        line = cells.setdefault(row.group, [Counter() for _ in range(width)])
+        for i in range(int((row.start - first) / part), min(width, int((row.end - first) / part) + 1)):
+            inside = min(row.end, first + (i + 1) * part) - max(row.start, first + i * part)
+            line[i][LETTERS[row.kind]] += inside  # type: ignore[assignment]
+    lines = [f"{group:>4} {''.join(_longest(cell, part) for cell in line)}" for group, line in sorted(cells.items())]
+    words = "  ".join(f"{letter} {kind}" for kind, letter in LETTERS.items())
+    return "\n".join([*lines, f"     {words}  . idle; a column is {part:.3g} s"])
+
+
+def _longest(cell: Counter[str], part: float) -> str:
+    cell["."] = part - sum(cell.values())  # type: ignore[assignment]
+    return max(cell, key=lambda letter: cell[letter])
+
+
+def write_trace(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line."""
+    with path.open("w") as file:
+        file.writelines(json.dumps(asdict(row)) + "\n" for row in rows)
+
+
+def read_trace(path: Path) -> list[Row]:
+    """The rows of a file that `write_trace` wrote.
+
+    Raises:
+        DataError: the file cannot be read, or a line of it is no row.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: a trace must be a readable file of JSON lines, got: {error}") from None
+    known = {field.name for field in fields(Row)}
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found = json.loads(line)
+            rows.append(Row(**found))
+        except (ValueError, TypeError):
+            raise DataError(
+                f"{path}:{number}: a row of a trace needs the fields {sorted(known)}, got {line[:80]!r}"
+            ) from None
+    if not rows:
+        raise DataError(f"{path}: a trace needs at least one row, found none")
+    return rows

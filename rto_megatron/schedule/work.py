@@ -1,0 +1,112 @@
+"""The work of a step, cut into items; how large they are; what is known of a step before it starts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+Kind = Literal["prefill", "decode", "score", "advantage", "train", "optimizer", "refit"]
+KINDS: tuple[Kind, ...] = ("prefill", "decode", "score", "advantage", "train", "optimizer", "refit")
+"""In the order in which a sample meets them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """What a group is told to do.
+
+    | kind      | what the group does                                                   | number    | role            |
+    |-----------|-----------------------------------------------------------------------|-----------|-----------------|
+    | prefill   | reads the prompts of `samples` and draws their first tokens           | of lane   |                 |
+    | decode    | draws `num_steps` tokens of each of `samples`; fewer if all have ended | of lane   |                 |
+    | score     | asks every role about `samples`                                       | of lane   |                 |
+    | advantage | gathers scored rows; token rewards, advantages, returns of `samples`  | minibatch |                 |
+    | train     | forward and backward over `samples`, its share of a minibatch         | minibatch | policy, critic  |
+    | optimizer | sums gradients over `groups`, and steps                               | minibatch | policy, critic  |
+    | refit     | takes `version` of what was trained from those who train              | version   | engine, scorer  |
+    """
+
+    kind: Kind
+    step: int
+    groups: tuple[int, ...]
+    """Who does it. Several do it together: none can end before all have begun."""
+    number: int
+    """Counts the lane's passes, the lane's packs, the step's minibatches, or versions, each from 0."""
+    lane: int = -1
+    """Whose samples these are (prefill, decode, score)."""
+    role: str = ""
+    samples: tuple[int, ...] = ()
+    """Rows of the step."""
+    num_steps: int = 0
+    """Tokens that each sample may get."""
+    version: int = 0
+    """Of the weights that it uses, or brings (refit): how many steps they have been trained for."""
+
+    @property
+    def key(self) -> tuple:
+        """Its name, which needs no samples: one in a run for each of `groups`."""
+        return self.kind, self.step, self.lane, self.number, self.role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The numbers that the cut into items follows from; with the lengths they decide every pack and minibatch."""
+
+    num_steps: int
+    """Rounds of the algorithm."""
+    samples: int
+    """Responses of a step."""
+    minibatch: int
+    """Responses of an optimizer step."""
+    lanes: int
+    """Decode batches; each has its own clock and an equal share of the samples."""
+    slots: int
+    """Responses that a lane writes together."""
+    slice_steps: int = 16
+    """Decode steps between two questions; new prompts are admitted between slices."""
+    prefill_tokens: int = 8192
+    """Prompt tokens of one prefill."""
+    pack_tokens: int = 8192
+    """Tokens of one score pack: prompts and responses; a longer sample is a pack of its own."""
+    pack_steps: int = 256
+    """Decode steps after which a pack closes though it is not full: it waits no longer than this."""
+    waiting_packs: int = 4
+    """Packs of a lane that may wait for scoring before its decoding has to."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name} must be 1 or more, got {getattr(self, field.name)}")
+        for name in ("minibatch", "lanes"):
+            if self.samples % getattr(self, name):
+                raise ValueError(f"{name} must divide the {self.samples} samples of a step, got {getattr(self, name)}")
+
+    @property
+    def minibatches(self) -> int:
+        """Optimizer steps of one pass over the samples."""
+        return self.samples // self.minibatch
+
+    def rows(self, lane: int) -> range:
+        """The samples of a lane: next to each other."""
+        share = self.samples // self.lanes
+        return range(lane * share, (lane + 1) * share)
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What is known of a step before any of it has run."""
+
+    prompt_tokens: Sequence[int]
+    """Tokens of each sample's prompt."""
+    minibatches: Sequence[Sequence[int]]
+    """Samples of each optimizer step, all epochs after one another: drawn from seed and step alone."""
+
+    def check(self, sizes: Sizes, *, step: int) -> None:
+        """Raise ValueError unless it fits the sizes."""
+        if len(self.prompt_tokens) != sizes.samples:
+            raise ValueError(f"step {step} needs {sizes.samples} prompt lengths, got {len(self.prompt_tokens)}")
+        once = list(range(sizes.samples))
+        each = sizes.minibatches
+        epochs = [self.minibatches[i : i + each] for i in range(0, len(self.minibatches), each)]
+        if not epochs or any(sorted(row for rows in epoch for row in rows) != once for epoch in epochs):
+            raise ValueError(f"step {step}: an epoch of minibatches must hold each of {sizes.samples} samples once")
+        if any(len(rows) != sizes.minibatch for rows in self.minibatches):
+            raise ValueError(f"step {step}: every minibatch must hold {sizes.minibatch} samples")

@@ -1,0 +1,307 @@
+"""The schedule of a run: what must hold for any map, sizes, lengths and durations."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rto_megatron.schedule.placement import RoleMap, colocated, fused, split
+from rto_megatron.schedule.policy import Schedule
+from rto_megatron.schedule.simulate import Responses
+from rto_megatron.schedule.work import Sizes, StepInput
+from tests.schedule.runs import Case, cases, many, run
+
+timings = st.integers(0, 10**6)
+
+
+@many
+@given(cases(), timings)
+def test_every_item_runs_exactly_once_and_nothing_waits_forever(case, timing):
+    done = run(case, timing=timing)  # raises if all groups wait
+    keys = [(row.group, *item.key) for row, item in done.ran]
+    assert len(keys) == len(set(keys))
+    sizes, place = case.sizes, case.placement
+    for step in range(sizes.num_steps):
+        scored = Counter(sample for _, item in done.of("score", step=step) for sample in item.samples)
+        assert scored == Counter(range(sizes.samples))
+        first = Counter(sample for _, item in done.of("prefill", step=step) for sample in item.samples)
+        assert first == Counter(range(sizes.samples))
+        for role, groups in (("policy", place.policy), ("critic", place.critic)):
+            shares = done.of("train", step=step, role=role)
+            trained = Counter(sample for _, item in shares for sample in item.samples)
+            assert trained == {sample: case.epochs for sample in range(sizes.samples) if groups}
+            assert len({item.number for _, item in shares}) == (case.epochs * sizes.minibatches if groups else 0)
+            assert len(done.of("optimizer", step=step, role=role)) == len(shares)
+    assert all(row.group in item.groups for row, item in done.ran)
+
+
+@many
+@given(cases(), timings)
+def test_responses_get_all_of_their_tokens(case, timing):
+    done, written = run(case, timing=timing), Counter()
+    for row, item in done.of("prefill") + done.of("decode"):
+        written[item.step] += row.tokens if item.kind == "decode" else len(item.samples)
+        assert len(item.samples) <= case.sizes.slots
+    assert written == {step: sum(case.lengths(step)) for step in range(case.sizes.num_steps)}
+
+
+@many
+@given(cases(), timings)
+def test_nothing_begins_before_what_it_needs(case, timing):
+    done = run(case, timing=timing)
+    written, scored = done.ends(), {}
+    for row, item in done.of("score"):
+        assert all(written[item.step, sample] <= row.start for sample in item.samples)
+        scored |= {(item.step, sample): row.end for sample in item.samples}
+    known: dict[tuple, float] = {}
+    for row, item in done.of("advantage"):
+        assert all(scored[item.step, sample] <= row.start for sample in item.samples)
+        assert row.group in case.placement.trainers
+        for sample in item.samples:
+            known[row.group, item.step, sample, item.number if case.early else 0] = row.end
+    for row, item in done.of("train"):
+        assert all(
+            known[row.group, item.step, sample, item.number if case.early else 0] <= row.start
+            for sample in item.samples
+        )
+    for row, item in done.of("optimizer"):
+        shares = done.of("train", step=item.step, number=item.number, role=item.role)
+        assert max(share.end for share, _ in shares) <= row.start
+        assert sorted(sample for _, share in shares for sample in share.samples) == sorted(item.samples)
+
+
+@many
+@given(cases(), timings)
+def test_groups_run_one_item_at_a_time_and_meet_in_one_order(case, timing):
+    done = run(case, timing=timing)
+    together: dict[int, list[tuple]] = {}
+    for group in case.placement.groups:
+        mine = sorted(
+            (row.start, row.end, item) for row, item in done.ran if row.group == group and row.end > row.start
+        )
+        assert all(one[1] <= other[0] for one, other in pairwise(mine))
+        together[group] = [item.key for row, item in done.ran if row.group == group and len(item.groups) > 1]
+    for one in together.values():
+        for other in together.values():
+            shared = set(one) & set(other)
+            assert [key for key in one if key in shared] == [key for key in other if key in shared]
+
+
+@many
+@given(cases(), timings)
+def test_responses_and_values_come_from_version_i_minus_k_and_no_other(case, timing):
+    """Counted from what each group trained and was given, not from what the items say."""
+    done, place = run(case, timing=timing), case.placement
+    snapshots = place.snapshots(moves=case.early or case.staleness > 0)
+
+    def trained_before(group, role, at):
+        """Optimizer steps of the role that this group had taken, in whole steps; None within one."""
+        each = case.epochs * case.sizes.minibatches
+        taken = sum(row.end <= at for row, _ in done.of("optimizer", role=role) if row.group == group)
+        return taken // each if taken % each == 0 else None
+
+    def given_before(group, role, at):
+        return sum(row.end <= at for row, _ in done.of("refit", role=role) if row.group == group)
+
+    for row, item in done.ran:
+        wanted = max(0, item.step - case.staleness)
+        if item.kind in ("prefill", "decode"):
+            count, role = (trained_before, "policy") if place.shares_weights else (given_before, "engine")
+            # at its end too: weights stay the same while they are used
+            assert count(row.group, role, row.start) == count(row.group, role, row.end) == item.version == wanted
+        if item.kind == "score":
+            if row.group in snapshots:
+                assert given_before(row.group, "scorer", row.start) == item.version == wanted
+            else:
+                for role in ("policy", "critic"):
+                    if getattr(place, role):
+                        assert trained_before(row.group, role, row.start) == item.version == wanted
+        if item.kind == "refit":
+            # what is handed out is whole: all steps before it, and none after
+            for role, groups in (("policy", place.policy), ("critic", place.critic)):
+                if groups and (role == "policy" or item.role == "scorer"):
+                    assert {trained_before(group, role, row.start) for group in groups} == {item.version}
+
+
+@many
+@given(cases(), timings)
+def test_queues_are_bounded(case, timing):
+    done, sizes = run(case, timing=timing), case.sizes
+    at = sorted({row.end for row, _ in done.ran})
+    packs, written = done.of("score"), done.ends()
+    closed = {item.key: max(written[item.step, sample] for sample in item.samples) for _, item in packs}
+    if case.placement.streams:
+        for lane in range(sizes.lanes):
+            mine = [(row, item) for row, item in packs if item.lane == lane]
+            for now in at:
+                waiting = sum(closed[item.key] <= now < row.start for row, item in mine)
+                # it stops at waiting_packs, and a slice that has begun can close one for each slot and the open one
+                assert waiting <= sizes.waiting_packs + sizes.slots
+    begun = {step: min(row.start for row, _ in done.of("prefill", step=step)) for step in range(sizes.num_steps)}
+    over = {step: max(row.end for row, _ in done.of("optimizer", step=step, role="policy")) for step in begun}
+    for step in begun:
+        if step > case.staleness:
+            assert over[step - case.staleness - 1] <= begun[step]  # so k + 1 steps of samples exist at most
+
+
+@many
+@given(cases(), timings, timings, st.floats(0, 3))
+def test_packs_minibatches_and_their_order_are_the_same_for_any_timing(case, one, other, latency):
+    def cut(done):
+        items = {(row.group, item) for row, item in done.ran}
+        programs = {
+            group: [item for row, item in done.ran if row.group == group and item.lane < 0]
+            for group in case.placement.groups
+        }
+        return items, programs
+
+    assert cut(run(case, timing=one)) == cut(run(case, timing=other, latency=latency))
+
+
+@many
+@given(cases(staleness=0, early=False), timings)
+def test_every_map_cuts_the_same_packs_and_minibatches_from_the_same_lanes(case, timing):
+    def cut(done):
+        packs = {(item.key, item.samples, item.version) for _, item in done.of("score")}
+        return packs, {(item.key, item.samples, item.version) for _, item in done.of("optimizer")}
+
+    sequential = replace(case, placement=colocated(1, critic=bool(case.placement.critic)))
+    assert cut(run(case, timing=timing)) == cut(run(sequential))
+
+
+@many
+@given(cases(), timings)
+def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(case, timing):
+    """Leaders hear of events in one order, each as late as it likes; its own it knows at once."""
+    rng, groups = random.Random(timing), case.placement.groups
+    leaders = {group: case.schedule() for group in groups}
+    log, heard = [], dict.fromkeys(groups, 0)
+    responses = Responses(case.prompts, case.lengths)
+    busy: dict[int, object] = {}
+    ran = set()
+    for _ in range(200_000):
+        if all(leader.finished for leader in leaders.values()):
+            break
+        group = rng.choice(groups)
+        if rng.random() < 0.5 and heard[group] < len(log):
+            who, item, ended = log[heard[group]]
+            heard[group] += 1
+            if who != group:
+                leaders[group].done(who, item, ended)
+        elif group not in busy:
+            if (item := leaders[group].next(group)) is not None:
+                busy[group] = item
+        else:
+            item = busy[group]
+            if any(getattr(busy.get(member), "key", None) != item.key for member in item.groups):
+                continue  # none of them can end before all have begun
+            ended = responses.write(item)[0] if item.kind in ("prefill", "decode") else {}
+            for member in item.groups:
+                mine = busy.pop(member)
+                ran.add((member, mine))
+                leaders[member].done(member, mine, ended)
+                log.append((member, mine, ended))
+    else:
+        pytest.fail("the leaders wait for each other")
+    assert ran == {(row.group, item) for row, item in run(case).ran}
+
+
+def sizes(**changed) -> Sizes:
+    return Sizes(**({"num_steps": 2, "samples": 8, "minibatch": 4, "lanes": 2, "slots": 4} | changed))
+
+
+def case_of(placement: RoleMap, **changed) -> Case:
+    return Case(placement=placement, sizes=sizes(**changed), staleness=0, early=False, epochs=1, seed=7)
+
+
+def test_colocated_runs_one_phase_after_the_other():
+    done = run(case_of(colocated(2), slice_steps=4, pack_tokens=20))
+    for step in range(2):
+        phases = [done.of(kind, step=step) for kind in ("decode", "score", "advantage", "train")]
+        for earlier, later in pairwise(phases):
+            assert max(row.end for row, _ in earlier) <= min(row.start for row, _ in later)
+
+
+def test_fused_scores_while_another_group_decodes():
+    done = run(case_of(fused(2), slice_steps=4, pack_tokens=20), timing=None)
+    last = max(row.end for row, _ in done.of("decode", step=0))
+    assert min(row.start for row, _ in done.of("score", step=0)) < last
+
+
+def test_early_minibatches_take_responses_in_the_order_in_which_they_end():
+    case = replace(case_of(split(1, 1), slots=8, lanes=1, slice_steps=1, pack_tokens=1, num_steps=1), early=True)
+    lengths = case.lengths(0)  # all in one prefill: who is shorter ends before
+    order = sorted(range(8), key=lambda sample: (lengths[sample], sample))
+    done = run(case, timing=None)
+    assert [item.samples for _, item in done.of("train", role="policy")] == [tuple(order[:4]), tuple(order[4:])]
+    assert min(row.start for row, _ in done.of("train")) < max(row.end for row, _ in done.of("decode"))
+
+
+@pytest.mark.parametrize(
+    ("placement", "changed", "message"),
+    [
+        (colocated(1), {"staleness": 1}, "staleness 1 with early False needs the split map, got colocated"),
+        (fused(2), {"early": True}, "staleness 0 with early True needs the split map, got fused"),
+        (split(1, 1), {"staleness": 2}, "staleness must be 0 or 1, got 2"),
+        (split(3, 1), {}, "lanes must be a multiple of the 3 groups that write, got 2"),
+        (split(1, 3), {}, "minibatch must be a multiple of the 3 groups that train the policy, got 4"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_refused(placement, changed, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(placement, sizes(), lambda step: StepInput([1] * 8, [range(4), range(4, 8)]), **changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"slots": 0}, "slots must be 1 or more, got 0"),
+        ({"minibatch": 3}, "minibatch must divide the 8 samples of a step, got 3"),
+        ({"lanes": 5}, "lanes must divide the 8 samples of a step, got 5"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        sizes(**changed)
+
+
+@pytest.mark.parametrize(
+    ("known", "message"),
+    [
+        (StepInput([1] * 7, [range(4), range(4, 8)]), "step 0 needs 8 prompt lengths, got 7"),
+        (StepInput([1] * 8, [range(4), range(4)]), "must hold each of 8 samples once"),
+        (StepInput([1] * 8, []), "must hold each of 8 samples once"),
+        (StepInput([1] * 8, [range(3), range(3, 8)]), "every minibatch must hold 4 samples"),
+    ],
+)
+def test_a_step_that_does_not_fit_the_sizes_is_refused(known, message):
+    with pytest.raises(ValueError, match=message):
+        Schedule(colocated(1), sizes(), lambda step: known)
+
+
+def test_a_false_report_is_refused():
+    def fresh():
+        schedule = Schedule(colocated(1), sizes(lanes=1), lambda step: StepInput([1] * 8, [range(4), range(4, 8)]))
+        return schedule, schedule.next(0)
+
+    schedule, prefill = fresh()
+    assert (prefill.kind, prefill.samples) == ("prefill", (0, 1, 2, 3))
+    with pytest.raises(ValueError, match=r"group 0 asks for work and has not said that \('prefill'.* is done"):
+        schedule.next(0)
+    with pytest.raises(ValueError, match="sample 7 of step 0 was told to have ended, and is not being written"):
+        schedule.done(0, prefill, {7: 1})
+    schedule, prefill = fresh()
+    with pytest.raises(ValueError, match="ended with 2 tokens; it had 0 before a pass of 1"):
+        schedule.done(0, prefill, {0: 2})
+    schedule, prefill = fresh()
+    schedule.done(0, prefill)
+    with pytest.raises(ValueError, match="is not the next pass of lane 0"):
+        schedule.done(0, prefill)
+    with pytest.raises(ValueError, match="which does not wait there"):
+        schedule.done(0, replace(prefill, kind="score"))
+    with pytest.raises(ValueError, match="and its program says"):
+        schedule.done(0, replace(prefill, kind="train", role="policy"))

@@ -70,7 +70,7 @@ def examine(path: Path | None, words: list[str], options: Options) -> Report:
     started = os.environ.get("WORLD_SIZE")
     ranks = options.ranks or (int(started) if started else config.parallel.tensor * config.parallel.pipeline)
     place = Place(
-        hardware=inspect_hardware(), ranks=ranks, ranks_here=max(1, ranks // options.nodes), memory=options.memory
+        hardware=inspect_hardware(), ranks=ranks, ranks_here=-(-ranks // options.nodes), memory=options.memory
     )
     found = report.section("machine")
     if check_machine(found, config.compute, place):

@@ -119,6 +119,8 @@ class Report:
     def show(self, console: Console) -> None:
         """Print the sections, the worst findings of each first, and the count."""
         for section in self.sections:
+            if not section.findings and not section.tables:
+                continue
             console.say(f"\n{section.name.upper()}")
             for finding in sorted(section.findings, key=lambda f: -LEVELS.index(f.level)):
                 console.say("\n".join(finding.lines()))

@@ -70,7 +70,9 @@ def check_machine(found: Section, compute: ComputeConfig, place: Place) -> bool:
             )
     _check_apex(found)
     usable = _check_megatron(found, versions["megatron-core"], place.hardware)
-    _check_hardware(found, compute, place, has_fused_adam=bool(versions["transformer-engine"]))
+    _check_hardware(found, compute, place)
+    if usable and place.hardware.num_gpus:
+        _check_fused(found)
     return usable
 
 
@@ -112,18 +114,34 @@ def _check_megatron(found: Section, megatron: str, hardware: Hardware) -> bool:
 
 def _check_apex(found: Section) -> None:
     spec = find_spec("apex")
-    if spec is None:
-        return
-    places = [Path(place) for place in spec.submodule_search_locations or []]
-    if not any((place / "multi_tensor_apply").is_dir() for place in places):
+    if spec is not None and not _has_nvidia_apex():
+        places = ", ".join(spec.submodule_search_locations or [str(spec.origin)])
         found.warning(
-            f"the installed apex is not NVIDIA's: {', '.join(map(str, places)) or spec.origin}",
+            f"the installed apex is not NVIDIA's: {places}",
             why="PyPI's package of that name is another project, and megatron-core tries to import from it",
             way_out="pip uninstall apex; the Dockerfile builds NVIDIA's",
         )
 
 
-def _check_hardware(found: Section, compute: ComputeConfig, place: Place, *, has_fused_adam: bool) -> None:
+def _has_nvidia_apex() -> bool:
+    spec = find_spec("apex")
+    places = spec.submodule_search_locations if spec else None
+    return any((Path(place) / "multi_tensor_apply").is_dir() for place in places or [])
+
+
+def _check_fused(found: Section) -> None:
+    if check_transformer_engine():
+        found.ok("layers and Adam come from Transformer Engine")
+    elif not _has_nvidia_apex():
+        found.warning(
+            "there are GPUs, but neither Transformer Engine nor NVIDIA's apex",
+            why="Megatron then takes torch's AdamW, whose state its distributed checkpoints do not expect; "
+            "layers are Megatron's local ones, which are slower",
+            way_out="pip install 'rto_megatron[gpu]'",
+        )
+
+
+def _check_hardware(found: Section, compute: ComputeConfig, place: Place) -> None:
     hardware, ranks = place.hardware, place.ranks_here
     found.ok(f"torch {installed('torch')} for {hardware.torch_build}; this machine: {hardware.device}")
     if not hardware.has_backend:
@@ -136,15 +154,6 @@ def _check_hardware(found: Section, compute: ComputeConfig, place: Place, *, has
         found.attempt(
             lambda: check_gpus(ranks, hardware.num_gpus), why="two ranks on one GPU wait for each other for ever"
         )
-        if not has_fused_adam and not find_spec("apex"):
-            found.warning(
-                "there are GPUs, but neither Transformer Engine nor NVIDIA's apex",
-                why="Megatron then takes torch's AdamW, whose state its distributed checkpoints do not expect; "
-                "layers are Megatron's local ones, which are slower",
-                way_out="pip install 'rto_megatron[gpu]'",
-            )
-        elif check_transformer_engine():
-            found.ok("layers and Adam come from Transformer Engine")
         return
     found.note(
         "there is no GPU here: memory is compared with this machine's",

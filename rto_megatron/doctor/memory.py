@@ -25,6 +25,7 @@ from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.machine import Place
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.models.gpt import Kind
+from rto_megatron.stages.resume import TrainingRun
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1 << 30
@@ -104,6 +105,9 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
     ]
     fullest = max(stages, key=lambda parts: sum(part.total for part in parts))
     passing = passing_bytes(config, models, num_data=num_data)
+    if isinstance(config, TrainingRun) and config.checkpoint.background and not place.hardware.num_gpus:
+        trained = [part for model, part in zip(models, fullest, strict=True) if model.optimizer is not None]
+        passing["checkpoint on its way to the disk"] = sum(part.weights + part.optimizer for part in trained)
     certain = sum(part.total for part in fullest)
     needed = certain + sum(passing.values()) + LIBRARIES
     rows = [
@@ -153,7 +157,7 @@ def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dic
         if isinstance(config, RTORun):
             slots = min(slots, config.prompts_per_step * config.samples_per_prompt // num_data)
         writers = [model.architecture for model in models if model.kind == "policy"]
-        passing["key-value cache"] = max(cache_bytes(writer, config, num_slots=slots) for writer in writers)
+        passing["key-value cache"] = max((cache_bytes(w, config, num_slots=slots) for w in writers), default=0)
     return passing
 
 

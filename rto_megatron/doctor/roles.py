@@ -1,7 +1,9 @@
 """Are the checkpoints whole, and do the roles belong together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.run import EvaluateRun, RTORun, SFTRun
@@ -21,24 +23,28 @@ FLAT = 0.1
 standard deviation apart are 0.52 to 0.48."""
 
 
-def check_roles(found: Section, config: Any, *, hashes: bool) -> tuple[list[Model], Tokenizer | None, dict]:
+@dataclass(frozen=True)
+class Roles:
+    """What a run would be made of, as far as it can be read."""
+
+    models: list[Model]
+    """Those that are in memory together."""
+    tokenizer: Tokenizer | None
+    opened: dict[str, Checkpoint]
+    """By role."""
+    missing: list[str]
+    """Roles whose checkpoint cannot be opened."""
+
+
+def check_roles(found: Section, config: Any, *, hashes: bool) -> Roles:
     """Open all checkpoints and check every rule between them.
 
-    Returns:
-        What the run would build, the tokenizer (None where none can be read), and the checkpoints by role.
+    Args:
+        hashes: compare all files with their hashes, however large they are.
     """
-    opened: dict[str, Checkpoint] = {}
-    for role in roles_of(config):
-        checkpoint = found.attempt(
-            partial(open_checkpoint, role.path), why=f"it is where the {role.name} comes from", way_out="train it first"
-        )
-        if checkpoint is not None:
-            opened[role.name] = checkpoint
-    if len(opened) > 1 and _all_hold(found, config, opened):
-        digest = next(iter(opened.values())).manifest.tokenizer[:12]
-        found.ok(f"{', '.join(opened)} share tokenizer and chat template (digest {digest})")
-    elif len(opened) == 1:
-        _all_hold(found, config, opened)
+    opened = _open(found, roles_of(config))
+    if _all_hold(found, config, opened) and len(opened) > 1:
+        _look_at_vocabularies(found, config, opened)
     tokenizer = _check_files(found, opened, hashes=hashes)
     models = [
         Model(
@@ -54,14 +60,26 @@ def check_roles(found: Section, config: Any, *, hashes: bool) -> tuple[list[Mode
         tokenizer = _look_at_a_fresh_model(found, config, models)
     if isinstance(config, RTORun | EvaluateRun):
         _look_at_judges(found, config, opened)
-    return models, tokenizer, opened
+    missing = [role.name for role in roles_of(config) if role.name not in opened]
+    return Roles(models, tokenizer, opened, missing)
+
+
+def _open(found: Section, roles: Sequence[Role]) -> dict[str, Checkpoint]:
+    """The checkpoints by role; each run is opened once, however many roles come from it."""
+    by_path: dict[Path, Checkpoint | None] = {}
+    for role in roles:
+        if role.path not in by_path:
+            names = " and ".join(other.name for other in roles if other.path == role.path)
+            by_path[role.path] = found.attempt(
+                partial(open_checkpoint, role.path), why=f"its weights are those of {names}", way_out="train it first"
+            )
+    return {role.name: checkpoint for role in roles if (checkpoint := by_path[role.path]) is not None}
 
 
 def _held_at_once(config: Any) -> list[Role]:
     """The roles that are in memory together: of compared policies one, and the next while it is loaded."""
-    if isinstance(config, EvaluateRun):
-        return roles_of(config)[: 2 - len(config.checkpoints) or None]
-    return roles_of(config)
+    roles = roles_of(config)
+    return roles[: len(roles) - max(0, len(config.checkpoints) - 2)] if isinstance(config, EvaluateRun) else roles
 
 
 def _all_hold(found: Section, config: Any, opened: Mapping[str, Checkpoint]) -> bool:
@@ -69,6 +87,18 @@ def _all_hold(found: Section, config: Any, opened: Mapping[str, Checkpoint]) -> 
     for rule in role_rules(config, opened):
         found.attempt(rule.check, why=rule.why, way_out="set a value that fits")
     return len(found.findings) == before
+
+
+def _look_at_vocabularies(found: Section, config: Any, opened: Mapping[str, Checkpoint]) -> None:
+    digest = next(iter(opened.values())).manifest.tokenizer[:12]
+    found.ok(f"{', '.join(opened)} share tokenizer and chat template (digest {digest})")
+    kinds = {role.name: role.kind for role in roles_of(config)}
+    sizes = {name: opened[name].manifest.architecture_for(kinds[name]).vocab_size for name in opened}
+    if len(set(sizes.values())) > 1:
+        found.note(
+            f"their vocabularies differ: {', '.join(f'{name} {size}' for name, size in sizes.items())}",
+            why="the tokenizer is one, so this is padding, which has probability 0 here",
+        )
 
 
 def _look_at_a_fresh_model(found: Section, config: SFTRun, models: list[Model]) -> Tokenizer | None:
@@ -82,6 +112,7 @@ def _look_at_a_fresh_model(found: Section, config: SFTRun, models: list[Model]) 
     tokenizer, architecture = made
     for rule in architecture_rules(config, architecture, "the model"):
         found.attempt(rule.check, why=rule.why, way_out="set a value that fits")
+    found.ok(f"the model is made from scratch, with the {tokenizer.vocab_size} tokens of {config.tokenizer.path}")
     models.append(Model(name="policy", architecture=architecture, kind="policy", optimizer=config.optimizer))
     return tokenizer
 

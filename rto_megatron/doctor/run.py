@@ -22,10 +22,10 @@ def examine_run(report: Report, config: Any, place: Place, *, hashes: bool) -> N
         check_conversion(report.section("conversion"), config)
         check_place(report.section("folder"), config)
         return
-    models, tokenizer, opened = check_roles(report.section("checkpoints and roles"), config, hashes=hashes)
+    roles = check_roles(report.section("checkpoints and roles"), config, hashes=hashes)
     found, rows = report.section("data"), Rows()
-    if tokenizer is not None:
-        rows = check_data(found, config, tokenizer)
+    if roles.tokenizer is not None:
+        rows = check_data(found, config, roles.tokenizer)
     else:
         found.note("data were not read", why="there is no tokenizer to read them with")
     num_steps = None
@@ -33,11 +33,14 @@ def examine_run(report: Report, config: Any, place: Place, *, hashes: bool) -> N
         num_steps = check_sizes(report.section("batch sizes"), config, rows, num_data)
     if isinstance(config, RTORun | EvaluateRun):
         check_rewards(report.section("rewards"), config)
-    if models and num_data is not None:
-        check_memory(report.section("memory"), config, models, place, num_data=num_data)
+    if roles.models and num_data is not None:
+        found = report.section("memory")
+        check_memory(found, config, roles.models, place, num_data=num_data)
+        if roles.missing:
+            found.note(f"without {', '.join(roles.missing)}", why="what cannot be opened cannot be counted")
     found = report.section("run folder")
     check_place(found, config)
     if isinstance(config, TrainingRun):
-        check_earlier_run(found, config, opened, tokenizer, rows, num_steps)
-    if models and num_steps is not None:
-        check_disk(found, config, models, num_steps=num_steps)
+        check_earlier_run(found, config, roles, rows, num_steps)
+    if roles.models and num_steps is not None:
+        check_disk(found, config, roles.models, num_steps=num_steps)

@@ -2,19 +2,19 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.run import ConvertRun, EvaluateRun, GenerateRun, RTORun, stage_of
-from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Checkpoint, Manifest
+from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.save import DRAFT
 from rto_megatron.doctor.data import Rows
 from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.memory import ITEM_BYTES, Model
+from rto_megatron.doctor.roles import Roles
 from rto_megatron.metrics import rows_before
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.stages.resume import check_unchanged, digests, find_own, is_finished
@@ -55,14 +55,7 @@ def _written_files(config: Any) -> list[Path]:
     return [config.run_dir / "evaluation.json"] if isinstance(config, EvaluateRun) else []
 
 
-def check_earlier_run(
-    found: Section,
-    config: Any,
-    opened: Mapping[str, Checkpoint],
-    tokenizer: Tokenizer | None,
-    rows: Rows,
-    num_steps: int | None,
-) -> None:
+def check_earlier_run(found: Section, config: Any, roles: Roles, rows: Rows, num_steps: int | None) -> None:
     """What an earlier start of this run has left, and whether this one would go on from it."""
     metrics = config.run_dir / "tensorboard" / "metrics.jsonl"
     if metrics.is_file():
@@ -74,13 +67,13 @@ def check_earlier_run(
         if len(found.findings) == before:
             found.ok(f"run_dir {config.run_dir}: no earlier checkpoint, the run begins at step 0")
         return
-    if tokenizer is not None and rows.train:
+    if roles.tokenizer is not None and rows.train:
         manifest = Manifest(
             stage=stage_of(config),
             step=0,
             models={},
-            tokenizer=tokenizer.digest(),
-            parents={_parent_name(config, role): checkpoint.id for role, checkpoint in opened.items()},
+            tokenizer=roles.tokenizer.digest(),
+            parents={_parent_name(config, role): checkpoint.id for role, checkpoint in roles.opened.items()},
             data=digests(rows.train, rows.held_out),
         )
         found.attempt(partial(check_unchanged, own, manifest), why="a run that goes on must end as if it never stopped")

@@ -60,7 +60,7 @@ def manifest(**values: object) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         raw = json.loads((folder / "checkpoint.json").read_text())
         for name, value in values.items():
-            if name in MODEL:
+            if name in (*MODEL, "vocab_size"):
                 for model in raw["models"].values():
                     model[name] = value
             else:
@@ -285,6 +285,14 @@ ROLES = {
     ),
     "rows beyond a model from scratch": Case(
         "sft", "--data.max_length=65", "error", "max_length must be at most the model's 64 tokens"
+    ),
+    "a vocabulary with other padding": Case(
+        "rto",
+        "--policy={tmp}/sft",
+        "note",
+        "their vocabularies differ: .* policy 380",
+        copy("sft", manifest(vocab_size=380)),
+        by="nobody",
     ),
     "a flat reward model": Case(
         "rto",

@@ -130,7 +130,23 @@ def test_several_mistakes_are_all_found(chain, tmp_path):
     assert "rto.kl_coef is 0" in "\n".join(f.what for f in report.findings if f.level == "warning")
 
 
-def test_a_dropped_row_is_no_mistake_in_what_follows(chain, tmp_path):
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "rto", "generate", "evaluate"])
+def test_whatever_is_missing_the_rest_is_checked(stage, chain, tmp_path):
+    paths = {
+        "sft": ["--tokenizer.path=a", "--data.train=b.jsonl", "--data.eval=c.jsonl"],
+        "dpo": ["--start=a", "--data.train=b.jsonl"],
+        "reward": ["--start=a", "--data.eval=b.jsonl"],
+        "rto": [f"--{role}=a" for role in ("policy", "reference", "dpo", "reward_model")] + ["--data.train=b.jsonl"],
+        "generate": ["--checkpoint=a", "--prompts=b.jsonl"],
+        "evaluate": ["--reference=a", "--dpo=b", "--reward_model=c", "--prompts=d.jsonl", "--checkpoints e"],
+    }[stage]
+    for wrong in [paths, *([one] for one in paths)]:
+        report = findings(Case(stage, " ".join(wrong), "error", ""), tmp_path, chain)
+        assert report.exit_code == 2
+        assert [section.name for section in report.sections][-1] == "run folder"
+
+
+def test_sizes_and_shares_are_those_of_the_run(chain, tmp_path):
     report = findings(Case("rto", f"--run_dir={tmp_path}/new", "ok", ""), tmp_path, chain)
     tables = {table.title: dict(row[:2] for row in table.rows) for s in report.sections for table in s.tables}
     assert tables["what follows from the batch sizes"]["optimizer steps per step"] == 2

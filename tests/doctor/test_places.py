@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,13 @@ def test_a_broken_transformer_engine_is_an_error_and_nothing_else_is_tried(tmp_p
     [error] = [finding for finding in section.findings if finding.level == "error"]
     assert "transformer-engine is installed but cannot be imported" in error.what and "no libcudnn" in error.what
     assert error.way_out.startswith("run 'pip uninstall transformer-engine")
+
+
+def test_a_broken_transformer_engine_is_told_on_gpus_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.doctor.test_places.CPU", replace(CPU, num_gpus=8))
+    usable, section = machine_with(tmp_path, monkeypatch, "transformer_engine", "raise OSError('no libcudnn')")
+    assert not usable
+    assert ["no libcudnn" in what for what in said(section, "error")] == [True]
 
 
 def test_the_apex_of_pypi_is_told_from_nvidia_s(tmp_path, monkeypatch):
@@ -108,14 +116,12 @@ def trained_size(chain, folder, words):
     [[], ["--optimizer.distributed=false", "--critic_optimizer.distributed=false"], ["--compute.dtype=bfloat16"]],
 )
 def test_a_checkpoint_takes_what_was_foretold(words, chain, tmp_path):
-    from rto_megatron.doctor.memory import Model
     from rto_megatron.doctor.roles import check_roles
     from rto_megatron.doctor.run_folder import check_disk
 
     [sizes] = run_ranks(trained_size, 1, chain, tmp_path, words)
     config = load_run("rto", None, [*words_of("rto", chain), f"--run_dir={tmp_path}", *words])
-    models, _, _ = check_roles(Section("roles"), config, hashes=False)
-    assert all(isinstance(model, Model) for model in models)
+    models = check_roles(Section("roles"), config, hashes=False).models
     section = Section("disk")
     check_disk(section, config, models, num_steps=1)
     told = dict(section.tables[0].rows)
@@ -130,7 +136,7 @@ def test_checkpoints_are_compared_with_the_disk(chain, tmp_path):
 
     words = ["--checkpoint.save_every=1", "--checkpoint.keep_last=3", "--checkpoint.keep_best=true"]
     config = load_run("rto", None, [*words_of("rto", chain), f"--run_dir={tmp_path}", "--eval_every=1", *words])
-    models, _, _ = check_roles(Section("roles"), config, hashes=False)
+    models = check_roles(Section("roles"), config, hashes=False).models
 
     def levels(free):
         section = Section("disk")

@@ -53,6 +53,7 @@ class Leg:
     def save(self, folder: Path) -> None:
         """Write all of it into one file of `folder`."""
         tensors = _named("rollout", self.rollout) | _named("signals", self.signals) | self.lines
+        # clones, because safetensors takes no two names of one storage
         save_file({name: x.contiguous().clone() for name, x in tensors.items()}, folder / FILE)
 
     @classmethod

@@ -53,6 +53,29 @@ def test_a_model_worked_by_hand():
     assert num_parameters(TINY, "value") == 384 * 32 + 4 * layer + 32 + 33
 
 
+PUBLISHED = {
+    "SmolLM2-135M": (134_515_008, (30, 576, 1536, 9, 3, 49152), {}),
+    "Qwen2.5-0.5B": (494_032_768, (24, 896, 4864, 14, 2, 151936), {"qkv_bias": True}),
+    "Llama-3-8B": (8_030_261_248, (32, 4096, 14336, 32, 8, 128256), {"tie_embeddings": False}),
+}
+"""Parameters; layers, hidden, FFN, heads, groups, vocabulary; what else sets it apart."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_as_they_say(name):
+    count, (layers, hidden, ffn, heads, groups, vocabulary), rest = PUBLISHED[name]
+    config = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=ffn,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        vocab_size=vocabulary,
+        **rest,
+    )
+    assert num_parameters(config, "policy") == count
+
+
 def activations(dtype):
     """Bytes that torch keeps for the backward pass of a microbatch, and what was guessed."""
     import torch

@@ -124,10 +124,13 @@ def _check_files(found: Section, opened: Mapping[str, Checkpoint], *, hashes: bo
     sizes = [(f / n).stat().st_size for f, names in written.items() for n in names if (f / n).is_file()]
     hashed = hashes or sum(sizes) <= HASHED_UNASKED
     for folder, checkpoint in folders.items():
-        found.attempt(
+        whole = found.attempt(
             partial(_compare, checkpoint, written[folder], hashed=hashed),
-            why="weights that changed on disk load without a word and give another model",
+            why="a run refuses weights that are not those that were saved",
         )
+        if whole:
+            state = "as they were saved" if hashed else "there"
+            found.ok(f"{folder}: step {checkpoint.manifest.step} of {checkpoint.manifest.stage}, all files are {state}")
         read = found.attempt(
             partial(tokenizer_of, checkpoint),
             why="ids would stand for other tokens than those that the weights were trained on",
@@ -143,11 +146,13 @@ def _check_files(found: Section, opened: Mapping[str, Checkpoint], *, hashes: bo
     return tokenizer
 
 
-def _compare(checkpoint: Checkpoint, written: Mapping[str, str], *, hashed: bool) -> None:
+def _compare(checkpoint: Checkpoint, written: Mapping[str, str], *, hashed: bool) -> bool:
+    """True; raises CheckpointError at the first file that is missing or changed."""
     for name, digest in written.items():
         path = checkpoint.folder / name
         found = (file_hash(path) if hashed else digest) if path.is_file() else None
         check_file(path, found, digest)
+    return True
 
 
 def _look_at_judges(found: Section, config: RTORun | EvaluateRun, opened: Mapping[str, Checkpoint]) -> None:

@@ -13,6 +13,7 @@ Any layout loads any layout. Nothing is read whose hash was not compared first.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,10 +98,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
         integrity = (folder / "integrity.json").read_bytes()
     except FileNotFoundError as missing:
         raise CheckpointError(
-            f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing"
+            f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing; restore it, or name "
+            "another step in latest.txt"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}/checkpoint.json: cannot be read ({error})") from None
+        raise CheckpointError(
+            f"{folder}/checkpoint.json: cannot be read ({error}); the checkpoint is damaged, restore it or train again"
+        ) from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise CheckpointError(
             f"{folder}/checkpoint.json: format must be {FORMAT}, but it was written by another version; train it "
@@ -190,18 +194,22 @@ def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> N
 
 
 def largest_difference(first: Path, second: Path) -> float:
-    """Of all numbers of two checkpoint folders: max |a - b| / (1 + |a|); infinite where one has others."""
+    """The largest `relative_difference` of two checkpoint folders' numbers; infinite where one has others."""
     mine, its = (dict(leaves(dist_checkpointing.load_plain_tensors(str(folder)))) for folder in (first, second))
     if mine.keys() != its.keys():
         return float("inf")
-    largest = 0.0
-    for name, value in mine.items():
-        exact = torch.as_tensor(value).double()
-        if exact.numel():
-            largest = max(
-                largest, ((exact - torch.as_tensor(its[name]).double()).abs() / (1 + exact.abs())).max().item()
-            )
-    return largest
+    return max((relative_difference(value, its[name]) for name, value in mine.items()), default=0.0)
+
+
+def relative_difference(first: Any, second: Any) -> float:
+    """max |a - b| / (1 + |a|) of two tensors or lists of numbers; infinite where only one of a, b is a finite number.
+
+    NaN equals NaN: it is asked whether two runs hold the same.
+    """
+    a, b = torch.as_tensor(first).double(), torch.as_tensor(second).double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = ((a - b).abs() / (1 + a.abs())).nan_to_num(nan=math.inf, posinf=math.inf).masked_fill(same, 0.0)
+    return off.max().item() if off.numel() else 0.0
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

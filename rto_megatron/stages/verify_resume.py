@@ -10,23 +10,32 @@ Each is a world of its own processes, as a cluster would start it. Nothing is wr
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from rto_megatron.config.load import load_any
 from rto_megatron.config.run import RTORun
-from rto_megatron.distributed.checkpoint import TRACKER, Checkpoint, largest_difference, open_checkpoint
+from rto_megatron.distributed.checkpoint import (
+    TRACKER,
+    Checkpoint,
+    largest_difference,
+    open_checkpoint,
+    relative_difference,
+)
 from rto_megatron.distributed.runtime import environment_alone, start_runtime, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.stages.resume import TrainingRun
+from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
 """Largest difference of a weight on another layout, as a share of 1 + its size (float32)."""
@@ -85,11 +94,14 @@ class Proof:
     def run(self) -> int:
         """All of it; the exit code."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
+        with writing("run_dir", self.folder):
+            self.folder.mkdir(parents=True)
         self.console.say(f"{self.stage}, {self.steps} steps on {self.ranks} rank(s), logs and runs in {self.folder}")
         self._go("straight")
         self._go("resumed", kill_after=self.half)
         killed_after = open_checkpoint(self.folder / "resumed").manifest.step
+        if killed_after == self.steps:
+            raise UserError(f"{self.folder / 'resumed'}: all steps were done before it was killed; give more --steps")
         self._go("resumed")
         self._from_half("cold")
         self._go("cold", "--checkpoint.resume=weights")
@@ -115,14 +127,11 @@ class Proof:
                 while process.poll() is None and not (kill_after and self._step(run_dir) >= kill_after):
                     time.sleep(0.02)
             finally:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        if kill_after is None and process.returncode:
+                _kill(process)
+        was_killed = kill_after is not None and process.returncode == -signal.SIGKILL
+        if process.returncode and not was_killed:
             last = "\n".join(log.read_text().splitlines()[-15:])
             raise UserError(f"{log}: the run ended with exit code {process.returncode}; its last lines:\n{last}")
-        if kill_after and process.returncode == 0:
-            raise UserError(f"{run_dir}: the run ended before it could be killed; give more --steps")
 
     def _step(self, run_dir: Path) -> int:
         """Of the newest checkpoint that has a name; 0 where there is none."""
@@ -175,8 +184,22 @@ class Proof:
         metrics = float("inf") if [row.keys() for row in mine] != [row.keys() for row in its] else 0.0
         if not metrics:
             for row, same in zip(mine, its, strict=True):
-                metrics = max(metrics, *(abs(row[name] - same[name]) / (1 + abs(row[name])) for name in row))
+                metrics = max(metrics, relative_difference(list(row.values()), [same[name] for name in row]))
         return Difference(weights, optimizers, metrics)
+
+
+def _kill(launcher: subprocess.Popen) -> None:
+    """End a launcher and all that it started; its ranks are in sessions of their own, so it alone would not take them.
+
+    Does nothing where it has ended.
+    """
+    if launcher.poll() is None:
+        family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(family[1:], timeout=10)
+    launcher.wait()
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:

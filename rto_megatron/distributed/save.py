@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -165,8 +166,9 @@ class Saver:
         _replace(self.root / TRACKER, folder.name + "\n")
         if done.is_best:
             _replace(self.root / BEST, folder.name + "\n")
-        older = sorted(self.root.glob("step_" + "[0-9]" * 8 + "*"), key=_age)
-        older = [path for path in older if path != folder and not path.name.endswith(DRAFT)]
+        # a whole match: drafts, and what a user copied aside, are none of ours
+        ours = [path for path in self.root.iterdir() if re.fullmatch(r"step_\d{8,}(\.\d+)?", path.name)]
+        older = sorted((path for path in ours if path != folder), key=_age)
         steps = {path: path.name.partition(".")[0] for path in [*older, folder]}
         kept = {steps[path] for path in [*older, folder][-self.config.keep_last :]} if self.config.keep_last else None
         best = (self.root / BEST).read_text().strip() if self.config.keep_best and (self.root / BEST).exists() else ""
@@ -241,7 +243,7 @@ def _complete(draft: Path) -> int:
 def _age(path: Path) -> tuple[int, int]:
     """Step, and how often the step had been saved before."""
     step, _, times = path.name.removeprefix("step_").partition(".")
-    return int(step), int(times) if times.isdigit() else 0
+    return int(step), int(times or 0)
 
 
 def _free_name(root: Path, step: int) -> Path:

@@ -72,6 +72,14 @@ def test_the_best_stays_when_the_newest_are_worse(chain, tmp_path):
     assert {path.name for path in root.glob("step_*")} == {f"step_{best:08d}", "step_00000004"}
 
 
+@pytest.mark.parametrize("suffix", ["_mine", ".bak", ".tar"])
+def test_what_a_user_put_aside_stays(suffix, chain, half):
+    aside = shutil.copytree(newest(half), newest(half).with_name(f"step_00000001{suffix}"))
+    run_ranks(train, 1, "rto", chain, words("rto", half, "--checkpoint.keep_last=1"))
+    assert newest(half).name == "step_00000004"
+    assert aside.exists()
+
+
 def test_seconds_and_bytes_are_metrics(chain, half):
     run_ranks(train, 1, "rto", chain, words("rto", half))
     last = json.loads((half / "tensorboard" / "metrics.jsonl").read_text().splitlines()[-1])

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from types import FrameType
 
 import psutil
@@ -44,7 +45,8 @@ def _apart(words: Sequence[str]) -> list[str]:
 
 def _pass_on(number: int, _: FrameType | None) -> None:
     for child in psutil.Process().children():
-        os.kill(child.pid, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(child.pid, number)
 
 
 def _exit_code(codes: dict[int, int]) -> int:

@@ -95,7 +95,7 @@ def check_earlier_run(found: Section, config: Any, roles: Roles, rows: Rows, num
     if drafts:
         found.note(
             f"{len(drafts)} unfinished saves in {config.run_dir}/checkpoints",
-            why="a killed run left them; they are deleted when the next one saves",
+            why="a killed run left them; they are deleted when the next one begins",
         )
 
 

@@ -1,6 +1,8 @@
 """The one process that parity compares a layout with: a program of its own, started by rank 0.
 
-python -m rto_megatron.parity.one_process FOLDER        reads FOLDER/run.yaml, writes the leg beside it
+python -m rto_megatron.parity.one_process FOLDER PARENT     reads FOLDER/run.yaml, writes the leg beside it
+
+It ends with PARENT, the process id of rank 0.
 """
 
 import os

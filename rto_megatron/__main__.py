@@ -19,13 +19,7 @@ from rto_megatron.distributed.runtime import (
     start_runtime,
     stop_runtime,
 )
-from rto_megatron.errors import ConfigError, StoppedToContinue, UserError
-
-STOPPED = 75
-"""Exit code of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
-
-NOT_PROVEN = 3
-"""Exit code of parity and verify-resume where a comparison fails."""
+from rto_megatron.errors import STOPPED, USER_ERROR, ConfigError, StoppedToContinue, UserError
 
 COMMANDS = {
     "doctor": "doctor.command",
@@ -46,10 +40,10 @@ commands: {", ".join(COMMANDS)}
 
 
 def main(words: list[str]) -> int:
-    """Run one stage; return the exit code."""
+    """Run one stage or command; return the exit code."""
     if not words or words[0] in ("-h", "--help"):
         print(USAGE, end="")
-        return 0 if words else 2
+        return 0 if words else USER_ERROR
     if words[0] == "--version":
         print(__version__)
         return 0
@@ -59,7 +53,7 @@ def main(words: list[str]) -> int:
         if is_main_of_node():
             where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
             print(f"error{where}: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except StoppedToContinue as stopped:
         if is_main():
             print(stopped, file=sys.stderr)

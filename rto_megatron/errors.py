@@ -1,4 +1,10 @@
-"""What the user did wrong: `__main__` prints the message alone and exits with code 2."""
+"""What the user did wrong: `__main__` prints the message alone and exits with code 2; the other exit codes."""
+
+USER_ERROR = 2
+NOT_PROVEN = 3
+"""Of parity and verify-resume, where a comparison fails."""
+STOPPED = 75
+"""Of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 
 
 class UserError(ValueError):

@@ -19,9 +19,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from rto_megatron.__main__ import NOT_PROVEN, STOPPED
-
-USER_ERROR = 2
+from rto_megatron.errors import NOT_PROVEN, STOPPED, USER_ERROR
 
 
 def main(words: Sequence[str]) -> int:

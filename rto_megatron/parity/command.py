@@ -17,7 +17,7 @@ from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.distributed.collectives import barrier, broadcast_object, gather_objects
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main, start_runtime, stop_runtime, world_size
-from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.models.weights import Shard
 from rto_megatron.parity import one_process
@@ -40,8 +40,6 @@ from rto_megatron.stages.generate import check_writable, write_text
 from rto_megatron.stages.rto import Setup, prepare
 from rto_megatron.stages.rules import check_run
 
-FAILED = 3
-"""Exit code where a line is beyond its tolerance."""
 POLL_SECONDS = 5.0
 """Between two words of rank 0 to the ranks that wait: far below a collective's timeout, however long the leg takes."""
 LAST_LINES = 15
@@ -62,7 +60,7 @@ def main(path: Path | None, words: list[str]) -> int:
     runtime = start_runtime(threads=config.compute.threads)
     certificate = certify(config, runtime)
     stop_runtime()
-    return FAILED if certificate.failed else 0
+    return NOT_PROVEN if certificate.failed else 0
 
 
 def certify(config: RTORun, runtime: Runtime) -> Certificate:

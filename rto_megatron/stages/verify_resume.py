@@ -32,7 +32,7 @@ from rto_megatron.distributed.checkpoint import (
     relative_difference,
 )
 from rto_megatron.distributed.runtime import environment_alone, start_runtime, world_size
-from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.stages.resume import TrainingRun
 from rto_megatron.stages.run import writing
@@ -169,7 +169,7 @@ class Proof:
             for name in ("straight", *(row[0] for row in rows)):
                 shutil.rmtree(self.folder / name)
         self.console.say("a run of this config goes on exactly" if holds else f"it does NOT: compare in {self.folder}")
-        return 0 if holds else 3
+        return 0 if holds else NOT_PROVEN
 
     def _difference(self, straight: Checkpoint, other: Checkpoint) -> Difference:
         if straight.manifest.step != other.manifest.step:

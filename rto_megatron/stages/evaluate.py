@@ -63,7 +63,7 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
             parallel=config.parallel,
             compute=config.compute,
             frozen=True,
-            temperature=config.rollout.temperature or 1.0,
+            temperature=config.rollout.log_prob_temperature,
         )
         name = path.name if len({p.name for p in config.checkpoints}) == len(config.checkpoints) else str(path)
         rows.append(Row(name, answer(policy, prompts, config, judges, tokenizer, mesh)))

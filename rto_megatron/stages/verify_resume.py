@@ -8,7 +8,6 @@
 Each is a world of its own processes, as a cluster would start it. Nothing is written but below RUN_DIR/verify-resume.
 """
 
-import argparse
 import json
 import shutil
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import psutil
 
-from rto_megatron.config.load import load_any
+from rto_megatron.config.load import load_any, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import (
     TRACKER,
@@ -42,6 +41,22 @@ OTHER_LAYOUT = 1e-5
 
 MEASURED = ("time/", "speed/", "checkpoint/")
 """Metrics of the machine, not of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What verify-resume takes beside the settings of the run."""
+
+    ranks: int | None = None
+    """Processes of a run; null takes parallel.tensor x parallel.pipeline."""
+    steps: int = 4
+    """Of the straight run."""
+
+    def __post_init__(self) -> None:
+        if self.ranks is not None and self.ranks < 1:
+            raise ValueError(f"ranks must be 1 or more, got {self.ranks}")
+        if self.steps < 2:
+            raise ValueError(f"steps must be 2 or more, got {self.steps}: a run is killed half-way")
 
 
 @dataclass(frozen=True)
@@ -65,12 +80,9 @@ def main(path: Path | None, words: list[str]) -> int:
     """
     if world_size() > 1:
         raise ConfigError("verify-resume starts its ranks itself: run it with plain python, and give --ranks=N")
-    parser = argparse.ArgumentParser(prog="python -m rto_megatron verify-resume RUN.yaml", allow_abbrev=False)
-    parser.add_argument("--ranks", type=int, default=0, help="processes of a run; tensor x pipeline if not given")
-    parser.add_argument("--steps", type=int, default=4, help="steps of the straight run, 2 or more")
-    options, rest = parser.parse_known_args(words)
-    if options.steps < 2:
-        raise ConfigError(f"--steps must be 2 or more, got {options.steps}: a run is killed half-way")
+    if "-h" in words or "--help" in words:
+        print_options(Options, "python -m rto_megatron verify-resume RUN.yaml [--section.field=value ...]")
+    options, rest = split_options(Options, words)
     stage, config = load_any(path, rest)
     if not isinstance(config, TrainingRun):
         raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {stage}")

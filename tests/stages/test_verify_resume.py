@@ -9,6 +9,7 @@ import torch
 
 from rto_megatron.config.load import dump_run, load_run
 from rto_megatron.distributed.checkpoint import relative_difference
+from rto_megatron.errors import ConfigError
 from tests.ranks import run_ranks
 from tests.stages.chain import words_of
 
@@ -54,6 +55,16 @@ def test_killing_a_run_kills_its_ranks(chain, tmp_path):
     assert (tmp_path / "run" / "verify-resume" / "resumed" / "checkpoints" / "latest.txt").exists()
     alive = [process.info["cmdline"] for process in psutil.process_iter(["cmdline"])]
     assert not [words for words in alive if words and any(str(tmp_path) in word for word in words)]
+
+
+@pytest.mark.parametrize(
+    ("word", "says"), [("--steps=1", "steps must be 2 or more, got 1"), ("--ranks=0", "ranks must")]
+)
+def test_options_are_checked(word, says):
+    from rto_megatron.stages.verify_resume import main
+
+    with pytest.raises(ConfigError, match=says):
+        main(None, [word])
 
 
 def prove(path):

@@ -41,8 +41,16 @@ def _apart(words: Sequence[str]) -> list[str]:
     return [*words[:at], "--", *words[at:]] if at else list(words)
 
 
+_asked_to_stop: list[int] = []
+"""The signals that were handed on."""
+
+
 def _pass_on(number: int, _: FrameType | None) -> None:
-    for child in psutil.Process().children():
+    _asked_to_stop.append(number)
+    children = psutil.Process().children()
+    if not children:
+        sys.exit(STOPPED)  # before there are ranks
+    for child in children:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(child.pid, number)
 
@@ -55,6 +63,8 @@ def _exit_code(codes: dict[int, int]) -> int:
     for code in (USER_ERROR, STOPPED, NOT_PROVEN):
         if code in codes.values():
             return code
+    if any(-code in _asked_to_stop for code in codes.values()):
+        return STOPPED  # a rank that had not begun to listen; it had done nothing either
     for rank, code in codes.items():
         what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         print(f"rank {rank} ended with {what}", file=sys.stderr)

@@ -82,3 +82,18 @@ def test_ranks_are_asked_to_stop_and_not_killed(number, tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
     assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_ranks_that_do_not_listen_yet_are_to_be_started_again(tmp_path):
+    script = f"""
+        import os, pathlib, time
+        (pathlib.Path({str(tmp_path)!r}) / f"ready-{{os.environ['RANK']}}").touch()
+        time.sleep(60)
+    """
+    process = launch(tmp_path, script)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("ready-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors

@@ -175,8 +175,8 @@ class Saver:
         for path in older:
             if steps[path] == steps[folder] or (kept is not None and steps[path] not in kept and path.name != best):
                 # by another name first: a folder that is half deleted must not look like a checkpoint
-                doomed = path.rename(path.with_name(path.name + DRAFT))
-                shutil.rmtree(doomed, ignore_errors=True)
+                with contextlib.suppress(OSError):  # it is in nobody's way, and the new one is named
+                    shutil.rmtree(path.rename(path.with_name(path.name + DRAFT)), ignore_errors=True)
         return folder
 
 

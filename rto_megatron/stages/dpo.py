@@ -19,7 +19,14 @@ from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
-from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
+from rto_megatron.stages.resume import (
+    Checkpoints,
+    check_unchanged,
+    digests,
+    is_finished,
+    listening_for_stop,
+    own_checkpoint,
+)
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
@@ -29,11 +36,12 @@ ScoredRow = tuple[PreferenceRow, Tensor]
 """A pair and the reference's log-prob of its chosen and its rejected response, [2] nats."""
 
 
+@listening_for_stop()
 def run(config: DPORun, runtime: Runtime) -> None:
     """Train the DPO policy from the SFT run, which is its reference."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
-    own = find_own(config, "dpo")
+    own = own_checkpoint(config, "dpo")
     model, parent = load_role(
         config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
     )

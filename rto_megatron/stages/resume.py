@@ -30,7 +30,7 @@ from rto_megatron.distributed.checkpoint import (
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.runtime import is_main
-from rto_megatron.distributed.save import Saver
+from rto_megatron.distributed.save import Saved, Saver
 from rto_megatron.errors import CheckpointError, ConfigError, StoppedToContinue
 from rto_megatron.metrics import Console
 
@@ -97,7 +97,8 @@ class Checkpoints:
         self.config, self.trained, self.make_manifest = config, trained, make_manifest
         self.num_steps, self.higher_is_better = num_steps, higher_is_better
         self._saver = Saver(config.run_dir, config.checkpoint, tokenizer.save)
-        self._first_step, self._reported = 0, self._saver.last
+        self._first_step = 0
+        self._reported: Saved | None = None
 
     def take_up(self, own: Checkpoint | None, progress: Progress) -> Progress:
         """Load weights and optimizers of the run's own checkpoint, if there is one; where to go on.
@@ -131,6 +132,8 @@ class Checkpoints:
             StoppedToContinue: the run was asked to stop; its state is saved.
         """
         if progress.step == self._first_step:
+            if stop_requested():
+                raise StoppedToContinue(f"{self.config.run_dir}: asked to stop before its first step; start it again")
             return {}
         self._saver.poll()
         every, last = self.config.checkpoint.save_every, progress.step == self.num_steps
@@ -203,6 +206,23 @@ def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
             raise ConfigError(
                 f"{name} is {_shown(now, name)}, but the run in {config.run_dir} began with {_shown(begun, name)}, "
                 "and a run goes on as it began; set it back, set another run_dir, or remove the folder"
+            )
+    return own
+
+
+def own_checkpoint(config: TrainingRun, stage: str) -> Checkpoint | None:
+    """`find_own`, agreed upon by all ranks.
+
+    Raises:
+        CheckpointError: ranks see different checkpoints, as on machines that do not share the run folder.
+    """
+    own = find_own(config, stage)
+    seen = gather_objects((own.folder.name, own.id) if own else None)
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            raise CheckpointError(
+                f"run_dir {config.run_dir}: must be one folder for all ranks, but rank 0 finds "
+                f"{seen[0] or 'no checkpoint'} and rank {rank} {other or 'none'}; put it on a shared file system"
             )
     return own
 

@@ -18,18 +18,26 @@ from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, head_outputs
 from rto_megatron.models.heads import ScalarModel
-from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
+from rto_megatron.stages.resume import (
+    Checkpoints,
+    check_unchanged,
+    digests,
+    is_finished,
+    listening_for_stop,
+    own_checkpoint,
+)
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
 
 
+@listening_for_stop()
 def run(config: RewardRun, runtime: Runtime) -> None:
     """Train a scalar head and its backbone; store mean and std of the scores with the weights."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
-    own = find_own(config, "reward")
+    own = own_checkpoint(config, "reward")
     model, parent = load_role(
         config.start,
         "value",

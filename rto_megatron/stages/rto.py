@@ -21,7 +21,15 @@ from rto_megatron.rollout.experience import Credit, make_experience, sentence_en
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.held_out import HeldOut
-from rto_megatron.stages.resume import Checkpoints, Progress, check_unchanged, digests, find_own, is_finished
+from rto_megatron.stages.resume import (
+    Checkpoints,
+    Progress,
+    check_unchanged,
+    digests,
+    is_finished,
+    listening_for_stop,
+    own_checkpoint,
+)
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock, open_run
 from rto_megatron.stages.update import plan_updates, update
@@ -65,10 +73,11 @@ class Step:
         return take(merge(self.updates))
 
 
+@listening_for_stop()
 def run(config: RTORun, runtime: Runtime) -> None:
     """Sample, give every token its reward, and update policy and critic, `num_steps` times."""
     name = stage_of(config)
-    own = find_own(config, name)
+    own = own_checkpoint(config, name)
     if is_finished(own, config.num_steps):
         return
     setup, dropped = prepare(config, runtime)

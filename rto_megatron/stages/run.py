@@ -14,7 +14,6 @@ from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import is_main, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console, TensorBoardLog
-from rto_megatron.stages.resume import listening_for_stop
 
 
 @dataclass
@@ -77,8 +76,7 @@ def open_run(
     if own:
         console.say(f"going on after step {start}: {own.folder}")
     try:
-        with listening_for_stop():
-            yield Run(folder, log, console)
+        yield Run(folder, log, console)
     finally:
         log.close()
 

@@ -20,18 +20,26 @@ from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
-from rto_megatron.stages.resume import Checkpoints, check_unchanged, digests, find_own, is_finished
+from rto_megatron.stages.resume import (
+    Checkpoints,
+    check_unchanged,
+    digests,
+    is_finished,
+    listening_for_stop,
+    own_checkpoint,
+)
 from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.rules import architecture_rules, check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size_table
 
 
+@listening_for_stop()
 def run(config: SFTRun, runtime: Runtime) -> None:
     """Train a policy from scratch, or from another run, on (prompt, response) rows."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
-    own = find_own(config, "sft")
+    own = own_checkpoint(config, "sft")
     model, tokenizer, architecture, parent = _start(config, mesh)
     rows, held_out, about_rows = read_rows(read_sft, config, tokenizer)
     steps = num_steps(len(rows), config)

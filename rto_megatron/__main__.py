@@ -5,12 +5,15 @@ not hold; 75 stopped on request (SIGTERM, SIGUSR1) with its state saved, start i
 """
 
 import importlib
+import os
+import signal
 import sys
 from pathlib import Path
 
 from rto_megatron import __version__
 from rto_megatron.config.load import load_run
 from rto_megatron.config.run import STAGES
+from rto_megatron.distributed.children import LAUNCHER, end_with
 from rto_megatron.distributed.runtime import (
     is_main,
     is_main_of_node,
@@ -47,6 +50,8 @@ def main(words: list[str]) -> int:
     if words[0] == "--version":
         print(__version__)
         return 0
+    if os.environ.get(LAUNCHER) == str(os.getppid()):
+        end_with(os.getppid())
     try:
         return _run(words[0], words[1:])
     except UserError as error:
@@ -54,6 +59,8 @@ def main(words: list[str]) -> int:
             where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
             print(f"error{where}: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except StoppedToContinue as stopped:
         if is_main():
             print(stopped, file=sys.stderr)

@@ -19,12 +19,14 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from rto_megatron.distributed.children import LAUNCHER
 from rto_megatron.errors import NOT_PROVEN, STOPPED, USER_ERROR
 
 
 def main(words: Sequence[str]) -> int:
     """Start the ranks, wait for them, and return the exit code that they agree on."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # `_exit_code` says it in a line a rank
+    os.environ[LAUNCHER] = str(os.getpid())  # its ranks do not outlive it
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)
     try:

@@ -14,6 +14,7 @@ Any layout loads any layout. Nothing is read whose hash was not compared first.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from rto_megatron.errors import CheckpointError
 
 FORMAT = 3
 TRACKER = "latest.txt"
+STEP_NAME = re.compile(r"step_\d{8,}(\.\d+)?")
+"""Of the folder of a complete checkpoint; drafts, and what a user copied aside, have other names."""
 BEST = "best.txt"
 
 
@@ -112,14 +115,34 @@ def open_checkpoint(path: Path) -> Checkpoint:
         )
     if hashlib.sha256(text).hexdigest() != written_hashes(folder).get("checkpoint.json"):
         raise CheckpointError(_changed(folder / "checkpoint.json"))
-    models = {role: _architecture(model) for role, model in raw.pop("models").items()}
-    raw["optimizers"] = tuple(raw["optimizers"])
-    return Checkpoint(folder, Manifest(**raw, models=models), hashlib.sha256(integrity).hexdigest()[:16])
+    try:
+        models = {role: _architecture(model) for role, model in raw.pop("models").items()}
+        raw["optimizers"] = tuple(raw["optimizers"])
+        manifest = Manifest(**raw, models=models)
+        if not (isinstance(manifest.step, int) and manifest.step >= 0 and models and manifest.score_std > 0):
+            raise ValueError("step, models or score_std")
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}/checkpoint.json: is not what this version writes ({error}); restore it or train again"
+        ) from None
+    return Checkpoint(folder, manifest, hashlib.sha256(integrity).hexdigest()[:16])
 
 
 def _architecture(raw: dict[str, Any]) -> ModelConfig:
     scaling = raw.pop("rope_scaling")
     return ModelConfig(**raw, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+
+def newest_step(root: Path) -> Path | None:
+    """The newest folder of a complete checkpoint in RUN/checkpoints, named by the tracker or not; None without any."""
+    steps = [path for path in root.glob("step_*") if STEP_NAME.fullmatch(path.name)]
+    return max(steps, key=step_of, default=None)
+
+
+def step_of(folder: Path) -> tuple[int, int]:
+    """The step that a checkpoint's folder is named for, and how often that step had been saved before."""
+    step, _, times = folder.name.removeprefix("step_").partition(".")
+    return int(step), int(times or 0)
 
 
 def _step_folder(path: Path) -> Path:
@@ -129,7 +152,13 @@ def _step_folder(path: Path) -> Path:
         return path
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     try:
-        return root / (root / TRACKER).read_text().strip()
+        name = (root / TRACKER).read_text().strip()
+        if not STEP_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{root / TRACKER}: must hold the name of a step's folder, like step_00000020, got {name[:80]!r}; name "
+                "the newest one that is there"
+            )
+        return root / name
     except FileNotFoundError:
         hint = ""
         if (path / "config.json").exists():

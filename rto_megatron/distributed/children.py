@@ -9,6 +9,9 @@ from typing import Any
 
 import psutil
 
+LAUNCHER = "RTO_MEGATRON_LAUNCHER"
+"""Environment variable with the process that has started the ranks: `rto_megatron.launch`."""
+
 
 def belong_to(parent: int) -> None:
     """Tie this process to the rank `parent` that forked it: it takes no orders to stop but from it, and ends with it.
@@ -18,6 +21,11 @@ def belong_to(parent: int) -> None:
     # a cluster signals every process of a job, and the rank may want to save before it stops
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
+
+
+def end_with(parent: int) -> None:
+    """Have Linux end this process with its parent, however that one ends; elsewhere nothing is done."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

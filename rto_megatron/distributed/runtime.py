@@ -112,7 +112,7 @@ def is_main_of_node() -> bool:
 
 def environment_alone() -> dict[str, str]:
     """This process's environment without what torchrun put into it: for a child that is no rank of this world."""
-    ours = ("RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+    ours = ("RANK", "RTO_MEGATRON_LAUNCHER", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 

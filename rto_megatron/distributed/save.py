@@ -30,7 +30,17 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.checkpoint import CheckpointConfig
-from rto_megatron.distributed.checkpoint import BEST, FORMAT, TRACKER, Manifest, digest_of, file_hash, weights_of
+from rto_megatron.distributed.checkpoint import (
+    BEST,
+    FORMAT,
+    STEP_NAME,
+    TRACKER,
+    Manifest,
+    digest_of,
+    file_hash,
+    step_of,
+    weights_of,
+)
 from rto_megatron.distributed.children import belong_to, die_of_a_killed_child
 from rto_megatron.distributed.collectives import broadcast_object, gather_objects
 from rto_megatron.distributed.optimizer import Trainable, optimizer_state
@@ -85,8 +95,9 @@ class Saver:
         """The newest that is complete."""
         self._under_way: _UnderWay | None = None
         if is_main():
-            for leftover in self.root.glob(f"*{DRAFT}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.root.glob(f"step_*{DRAFT}"):
+                if re.fullmatch(rf"step_\d{{8,}}(\.\d+)?{DRAFT}", leftover.name):
+                    shutil.rmtree(leftover, ignore_errors=True)
 
     def start(
         self,
@@ -163,12 +174,13 @@ class Saver:
         """Give a complete draft its name, have the trackers name it, and delete what need not stay."""
         folder = _free_name(self.root, done.manifest.step)
         done.draft.rename(folder)
-        _replace(self.root / TRACKER, folder.name + "\n")
         if done.is_best:
             _replace(self.root / BEST, folder.name + "\n")
-        # a whole match: drafts, and what a user copied aside, are none of ours
-        ours = [path for path in self.root.iterdir() if re.fullmatch(r"step_\d{8,}(\.\d+)?", path.name)]
-        older = sorted((path for path in ours if path != folder), key=_age)
+        _replace(self.root / TRACKER, folder.name + "\n")
+        # later steps are of a run that the user went back from: none of this one's
+        ours = [path for path in self.root.iterdir() if STEP_NAME.fullmatch(path.name)]
+        older = [path for path in ours if path != folder and step_of(path)[0] <= done.manifest.step]
+        older.sort(key=step_of)
         steps = {path: path.name.partition(".")[0] for path in [*older, folder]}
         kept = {steps[path] for path in [*older, folder][-self.config.keep_last :]} if self.config.keep_last else None
         best = (self.root / BEST).read_text().strip() if self.config.keep_best and (self.root / BEST).exists() else ""
@@ -240,12 +252,6 @@ def _complete(draft: Path) -> int:
     return sum(path.stat().st_size for path in [*paths, draft / "integrity.json"])
 
 
-def _age(path: Path) -> tuple[int, int]:
-    """Step, and how often the step had been saved before."""
-    step, _, times = path.name.removeprefix("step_").partition(".")
-    return int(step), int(times or 0)
-
-
 def _free_name(root: Path, step: int) -> Path:
     """A folder for this step that is not there yet: the one that the tracker names stays until the new one is named."""
     path, tries = root / f"step_{step:08d}", itertools.count(1)
@@ -278,9 +284,10 @@ def _all_or_none(draft: Path) -> Iterator[None]:
 
 def _forget_reports() -> None:
     """Empty Megatron's queue of writers' reports: the next save would take a failed one's for its own."""
-    reports = filesystem_async._get_write_results_queue()
-    while not reports.empty():
-        reports.get()
+    with contextlib.suppress(OSError, EOFError):  # its process may be what was killed
+        reports = filesystem_async._get_write_results_queue()
+        while not reports.empty():
+            reports.get()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Hugging Face's config.json to a ModelConfig and back, for the families that Megatron's GPT can be."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +82,7 @@ def _interpret(folder: Path, reading: Callable[[Json], T]) -> T:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: is missing; give a folder that transformers' save_pretrained wrote") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: must be readable JSON, got: {error}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: must hold a JSON object, found {type(raw).__name__}")
@@ -89,7 +90,7 @@ def _interpret(folder: Path, reading: Callable[[Json], T]) -> T:
         return reading(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{path}: describes no model that can be built: {error}") from None
 
 
@@ -147,7 +148,10 @@ def _scoring(raw: Json) -> Scoring | None:
         std=float(raw.get("score_std", raw.get("std", 1.0))),
         pad_id=raw.get("pad_token_id"),
     )
-    if not scoring.std > 0:
+    for name in ("bias", "mean", "std"):
+        if not math.isfinite(getattr(scoring, name)):
+            raise CheckpointError(f"score_{name} must be a finite number, got {getattr(scoring, name)}")
+    if scoring.std <= 0:
         raise CheckpointError(f"score_std must be positive, got {scoring.std}")
     return scoring
 

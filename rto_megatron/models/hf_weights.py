@@ -86,7 +86,8 @@ class HuggingFaceFolder:
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise CheckpointError(f"{index}: must be JSON with a weight_map, got: {error!r}") from None
         where = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
+        whole = self.folder / "model.safetensors"  # beside it may lie adapters, which transformers passes over too
+        for path in [whole] if whole.exists() else sorted(self.folder.glob("*.safetensors")):
             with self._open(path) as file:
                 where |= dict.fromkeys(file.keys(), path)
         if not where:

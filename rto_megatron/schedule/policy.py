@@ -27,7 +27,7 @@ from itertools import chain
 
 from rto_megatron.schedule.lane import Lane, Pack
 from rto_megatron.schedule.placement import RoleMap
-from rto_megatron.schedule.work import Item, Sizes, StepInput
+from rto_megatron.schedule.work import Item, Sizes, StepInput, share
 
 INFINITY = float("inf")
 
@@ -142,9 +142,8 @@ class Schedule:
             return None
         if head.kind == "train":
             # Each group does a share of its own; they meet again in the optimizer step.
-            share = len(samples) // len(head.groups)
-            first = head.groups.index(group) * share
-            return replace(head, groups=(group,), samples=samples[first : first + share])
+            mine = share(len(samples), head.groups.index(group), len(head.groups))
+            return replace(head, groups=(group,), samples=samples[mine.start : mine.stop])
         return replace(head, samples=samples)
 
     def _members(self, item: Item) -> tuple[int, ...] | None:
@@ -319,7 +318,7 @@ def _check(placement: RoleMap, sizes: Sizes, staleness: int, early: bool) -> Non
         )
     for role in ("policy", "critic"):
         num = len(getattr(placement, role))
-        if num and sizes.minibatch % num:
+        if sizes.minibatch < num:
             raise ValueError(
-                f"minibatch must be a multiple of the {num} groups that train the {role}, got {sizes.minibatch}"
+                f"minibatch must be at least the {num} groups that train the {role}, got {sizes.minibatch}"
             )

@@ -57,7 +57,7 @@ class Sizes:
     minibatch: int
     """Responses of an optimizer step."""
     lanes: int
-    """Decode batches; each has its own clock and an equal share of the samples."""
+    """Decode batches; each has its own clock and an even share of the samples."""
     slots: int
     """Responses that a lane writes together."""
     slice_steps: int = 16
@@ -75,9 +75,10 @@ class Sizes:
         for field in fields(self):
             if getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be 1 or more, got {getattr(self, field.name)}")
-        for name in ("minibatch", "lanes"):
-            if self.samples % getattr(self, name):
-                raise ValueError(f"{name} must divide the {self.samples} samples of a step, got {getattr(self, name)}")
+        if self.samples % self.minibatch:
+            raise ValueError(f"minibatch must divide the {self.samples} samples of a step, got {self.minibatch}")
+        if self.lanes > self.samples:
+            raise ValueError(f"lanes must be at most the {self.samples} samples of a step, got {self.lanes}")
 
     @property
     def minibatches(self) -> int:
@@ -86,8 +87,12 @@ class Sizes:
 
     def rows(self, lane: int) -> range:
         """The samples of a lane: next to each other."""
-        share = self.samples // self.lanes
-        return range(lane * share, (lane + 1) * share)
+        return share(self.samples, lane, self.lanes)
+
+
+def share(num: int, part: int, parts: int) -> range:
+    """Part `part` of `num` things dealt out evenly: the numbers of its things; sizes differ by one at most."""
+    return range(part * num // parts, (part + 1) * num // parts)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from rto_megatron.distributed.checkpoint import (
     Manifest,
     load_optimizer,
     load_weights,
+    newest_step,
     open_checkpoint,
 )
 from rto_megatron.distributed.collectives import gather_objects
@@ -191,9 +192,12 @@ def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
     Raises:
         ConfigError: the folder holds another run: of another stage or with other settings.
     """
-    if not (config.run_dir / "checkpoints" / TRACKER).exists():
+    root = config.run_dir / "checkpoints"
+    # a run that was killed before its first tracker was written, or whose tracker is lost, has its steps all the same
+    newest = config.run_dir if (root / TRACKER).exists() else newest_step(root)
+    if newest is None:
         return None
-    own = open_checkpoint(config.run_dir)
+    own = open_checkpoint(newest)
     if own.manifest.stage != stage:
         raise ConfigError(
             f"run_dir {config.run_dir}: holds a run of the stage {own.manifest.stage}, this is {stage}; "

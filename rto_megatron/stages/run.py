@@ -1,11 +1,14 @@
 """What every stage does around its algorithm: the run folder, the log, the clock, the start table."""
 
+import fcntl
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rto_megatron.config.load import dump_run
 from rto_megatron.distributed.checkpoint import Checkpoint
@@ -14,6 +17,9 @@ from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import is_main, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console, TensorBoardLog
+
+LOCK = ".lock"
+"""File in a run folder that its running process holds."""
 
 
 @dataclass
@@ -87,7 +93,8 @@ def _open_log(folder: Path, config_text: str, start: int) -> TensorBoardLog:
     if is_main():
         try:
             with writing("run_dir", folder):
-                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                _lock(folder)
                 (folder / "run.yaml").write_text(config_text)
             log = TensorBoardLog(folder / "tensorboard", enabled=True, start=start)
         except UserError as error:
@@ -96,6 +103,27 @@ def _open_log(folder: Path, config_text: str, start: int) -> TensorBoardLog:
     if problem:
         raise ConfigError(problem)
     return log
+
+
+_locks: list[IO[str]] = []
+"""Kept open: a lock ends with its file, or with the process."""
+
+
+def _lock(folder: Path) -> None:
+    """Keep a second start out of a run folder for as long as this process lives, but none of those that it forks."""
+    lock = (folder / LOCK).open("a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ConfigError(
+            f"run_dir {folder}: is in use by {lock.read().strip() or 'another process'}; wait for that run or end "
+            "it, or set another run_dir"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    lock.flush()
+    _locks.append(lock)
 
 
 def with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -309,3 +309,43 @@ def draw_nothing(chain, settings):
 
 def test_nothing_draws_from_a_stream_that_a_checkpoint_would_have_to_hold(chain, tmp_path):
     run_ranks(draw_nothing, 1, chain, words("rto", tmp_path / "rto"))
+
+
+def test_a_run_whose_tracker_is_lost_goes_on_and_loses_nothing(chain, half):
+    (half / "checkpoints" / "latest.txt").unlink()
+    run_ranks(train, 1, "rto", chain, words("rto", half, "--checkpoint.keep_last=null"))
+    assert {path.name for path in (half / "checkpoints").glob("step_*")} == {f"step_{n:08d}" for n in (1, 2, 3, 4)}
+    _, rows = result(half)
+    assert len(rows) == 5
+
+
+@pytest.mark.parametrize("text", ["", "../../other/checkpoints/step_00000001", "step_00000002\nstep_00000001"])
+def test_a_tracker_that_names_no_step_is_refused(text, chain, half):
+    (half / "checkpoints" / "latest.txt").write_text(text)
+    said = run_ranks(what_it_says, 1, "rto", chain, words("rto", half))[0]
+    assert "latest.txt: must hold the name of a step's folder, like step_00000020, got" in said
+
+
+def test_what_the_user_put_beside_the_checkpoints_stays(chain, half):
+    """Later steps that were gone back from, folders with names of one's own."""
+    root = half / "checkpoints"
+    for name in ("mine.tmp", "step_00000050", "step_00000001_mine", "step_00000002.123.tmp"):
+        (root / name).mkdir()
+    run_ranks(train, 1, "rto", chain, words("rto", half, "--checkpoint.keep_last=2", "--checkpoint.keep_best=false"))
+    left = {path.name for path in root.iterdir()} - {"latest.txt", "best.txt"}
+    wanted = {"mine.tmp", "step_00000050", "step_00000001_mine", "step_00000003", "step_00000004"}
+    assert wanted <= left <= wanted | {"step_00000002", "step_00000001"}
+    assert "step_00000002.123.tmp" not in left
+
+
+def test_a_second_start_in_the_same_folder_is_refused(chain, half):
+    import fcntl
+
+    with (half / ".lock").open("a+") as lock:
+        lock.truncate(0)
+        lock.write("process 7 on a-host\n")
+        lock.flush()
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+        said = run_ranks(what_it_says, 2, "rto", chain, words("rto", half))
+        assert all("is in use by process 7 on a-host; wait for that run or end it" in text for text in said)
+    run_ranks(train, 1, "rto", chain, words("rto", half))

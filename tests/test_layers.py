@@ -33,7 +33,10 @@ BESIDE = {"metric_names": "metrics"}
 """Top-level modules that belong to the layer of another."""
 
 MEGATRON_LAYERS = {"distributed", "models", "rollout"}
-PURE_SCHEDULE = {f"schedule.{name}" for name in ("work", "placement", "lane", "policy", "trace", "simulate")}
+PURE_SCHEDULE = {
+    f"schedule.{name}"
+    for name in ("work", "placement", "lane", "policy", "trace", "simulate", "rooflines", "limits", "fit", "workload")
+}
 """Decides the schedule, and simulates it: imports no torch, directly or through others of ours."""
 DEVICE_WORDS = {"cuda", "nccl", "gloo", "transformer_engine"}
 DEVICE_MODULES = {"distributed.runtime", "distributed.cpu", "distributed.cpu_patches", "distributed.cpu_stand_ins"}

@@ -1,7 +1,7 @@
 """What ran when: rows of a trace, and what they add up to."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -79,8 +79,10 @@ def summarise(rows: Sequence[Row], groups: Iterable[int] | None = None) -> Summa
     """Add up a trace; `groups` names those that count, if some may have run nothing."""
     every = sorted({row.group for row in rows} | set(groups or ()))
     first, last = min(row.start for row in rows), max(row.end for row in rows)
-    busy = {kind: sum(row.seconds for row in rows if row.kind == kind) / len(every) for kind in KINDS}
-    ran: Counter[int] = Counter()
+    busy: dict[Kind, float] = {
+        kind: sum(row.seconds for row in rows if row.kind == kind) / len(every) for kind in KINDS
+    }
+    ran: defaultdict[int, float] = defaultdict(float)
     for row in rows:
         ran[row.group] += row.seconds
     return Summary(
@@ -108,19 +110,19 @@ def draw(rows: Sequence[Row], *, width: int = 100) -> str:
     """A line a group: the kind that ran longest in each of `width` equal parts of the makespan; a dot for none."""
     first, last = min(row.start for row in rows), max(row.end for row in rows)
     part = (last - first) / width or 1.0
-    cells: dict[int, list[Counter[str]]] = {}
+    cells: dict[int, list[defaultdict[str, float]]] = {}
     for row in rows:
-        line = cells.setdefault(row.group, [Counter() for _ in range(width)])
+        line = cells.setdefault(row.group, [defaultdict(float) for _ in range(width)])
         for i in range(int((row.start - first) / part), min(width, int((row.end - first) / part) + 1)):
             inside = min(row.end, first + (i + 1) * part) - max(row.start, first + i * part)
-            line[i][LETTERS[row.kind]] += inside  # type: ignore[assignment]
+            line[i][LETTERS[row.kind]] += inside
     lines = [f"{group:>4} {''.join(_longest(cell, part) for cell in line)}" for group, line in sorted(cells.items())]
     words = "  ".join(f"{letter} {kind}" for kind, letter in LETTERS.items())
     return "\n".join([*lines, f"     {words}  . idle; a column is {part:.3g} s"])
 
 
-def _longest(cell: Counter[str], part: float) -> str:
-    cell["."] = part - sum(cell.values())  # type: ignore[assignment]
+def _longest(cell: dict[str, float], part: float) -> str:
+    cell["."] = part - sum(cell.values())
     return max(cell, key=lambda letter: cell[letter])
 
 

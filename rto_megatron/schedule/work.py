@@ -68,7 +68,7 @@ class Sizes:
     """Tokens of one score pack: prompts and responses; a longer sample is a pack of its own."""
     pack_steps: int = 256
     """Decode steps after which a pack closes though it is not full: it waits no longer than this."""
-    waiting_packs: int = 4
+    waiting_packs: int = 64
     """Packs of a lane that may wait for scoring before its decoding has to."""
 
     def __post_init__(self) -> None:

@@ -118,10 +118,8 @@ def cases(draw, **fixed) -> Case:
     else:
         placement = {"colocated": colocated, "fused": fused}[name](draw(st.integers(1, 4)), critic=critic)
     lanes = len(placement.engines) * draw(st.integers(1, 2))
-    minibatch = 12 // draw(st.sampled_from([1, 2]))  # divides by any number of groups up to 3, and is cut by 4 below
-    if 4 in (len(placement.policy), len(placement.critic)):
-        minibatch = 12
-    samples = lanes * 12
+    minibatch = draw(st.integers(4, 12))  # four groups train at most; shares need not be equal
+    samples = minibatch * draw(st.integers(2, 4))
     sizes = Sizes(
         num_steps=draw(st.integers(1, 4)),
         samples=samples,

@@ -248,7 +248,7 @@ def test_early_minibatches_take_responses_in_the_order_in_which_they_end():
         (fused(2), {"early": True}, "staleness 0 with early True needs the split map, got fused"),
         (split(1, 1), {"staleness": 2}, "staleness must be 0 or 1, got 2"),
         (split(3, 1), {}, "lanes must be a multiple of the 3 groups that write, got 2"),
-        (split(1, 3), {}, "minibatch must be a multiple of the 3 groups that train the policy, got 4"),
+        (split(1, 5), {}, "minibatch must be at least the 5 groups that train the policy, got 4"),
     ],
 )
 def test_what_cannot_be_scheduled_is_refused(placement, changed, message):
@@ -261,7 +261,7 @@ def test_what_cannot_be_scheduled_is_refused(placement, changed, message):
     [
         ({"slots": 0}, "slots must be 1 or more, got 0"),
         ({"minibatch": 3}, "minibatch must divide the 8 samples of a step, got 3"),
-        ({"lanes": 5}, "lanes must divide the 8 samples of a step, got 5"),
+        ({"lanes": 9}, "lanes must be at most the 8 samples of a step, got 9"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changed, message):

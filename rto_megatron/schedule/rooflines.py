@@ -1,0 +1,192 @@
+"""Seconds of each item on a named GPU, from what bounds it: arithmetic, memory, links. Nothing here was measured.
+
+Symbols: N parameters that tokens are multiplied with, L layers, h hidden size, t tensor ranks, p pipeline ranks.
+
+    decode     max(read weights and cache, 2 N tokens) / t, and 2 L all-reduces of t ranks, and the host, each step
+    prefill    (2 N + attention) tokens / ranks; score the same for each model that is asked
+    train      3 forwards (4 with full recompute), times 1 + (p - 1) / microbatches for the pipeline's bubble
+    optimizer  gradients out and weights in, over the node's network cards; a part hides behind the backward pass
+    refit      one copy of the weights into every node
+
+Single numbers are good to about a quarter, ratios between schedules to about a tenth.
+"""
+
+from dataclasses import dataclass, replace
+
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.schedule.placement import RoleMap
+from rto_megatron.schedule.simulate import Load
+from rto_megatron.schedule.work import Item
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU in a node of eight."""
+
+    flops: float
+    """bfloat16 operations per second, dense."""
+    bandwidth: float
+    """Bytes per second of its memory."""
+    memory: float
+    """Bytes."""
+    link: float
+    """Bytes per second to the other GPUs of its node, each way."""
+    network: float = 50e9
+    """Bytes per second of its network card."""
+
+
+GPUS = {
+    "a100": Gpu(flops=312e12, bandwidth=2.04e12, memory=80e9, link=300e9, network=25e9),
+    "h100": Gpu(flops=989e12, bandwidth=3.35e12, memory=80e9, link=450e9),
+    "h200": Gpu(flops=989e12, bandwidth=4.8e12, memory=141e9, link=450e9),
+}
+GPUS_PER_NODE = 8
+
+_LLAMA3 = ModelConfig(num_query_groups=8, num_attention_heads=32, vocab_size=128256, tie_embeddings=False, head_dim=128)
+MODELS = {
+    "llama3-1b": replace(
+        _LLAMA3, num_layers=16, hidden_size=2048, ffn_hidden_size=8192, head_dim=64, tie_embeddings=True
+    ),
+    "llama3-8b": replace(_LLAMA3, num_layers=32, hidden_size=4096, ffn_hidden_size=14336),
+    "llama3-70b": replace(_LLAMA3, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """What of a bound is reached; the defaults are usual values, not measured ones."""
+
+    memory: float = 0.8
+    """Of the bandwidth, in decoding."""
+    compute: float = 0.36
+    """Of the operations, in scoring and training."""
+    gemm: float = 0.65
+    """Of the operations, in the matrix products of decoding."""
+    link: float = 0.7
+    network: float = 0.8
+    all_reduce_seconds: float = 9e-6
+    """Latency of one all-reduce within a node."""
+    host_seconds: float = 0.4e-3
+    """Of a decode step: with CUDA graphs; without about 2e-3."""
+    exposed: float = 0.35
+    """Share of the gradients' communication that nothing hides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Ranks of a group and how its roles are cut over them; a group may hold several copies of a role side by side."""
+
+    engine_ranks: int
+    """Of a group that writes."""
+    train_ranks: int
+    """Of a group that trains."""
+    engine_tensor: int = 1
+    train_tensor: int = 1
+    pipeline: int = 1
+    micro_tokens: int = 4096
+    """Tokens of a microbatch of training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """What is asked and trained."""
+
+    scored: int = 4
+    """Models that score: reference, DPO, critic, reward model; one more where old log-probs are scored anew."""
+    forwards: float = 3.0
+    """Of a trained token: forward and backward; 4 with full recompute."""
+
+
+def matmul_parameters(model: ModelConfig) -> int:
+    """Parameters that every token is multiplied with: all but the norms and the embedding."""
+    queries, groups = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    layer = model.hidden_size * (2 * queries + 2 * groups + 3 * model.ffn_hidden_size)
+    return model.num_layers * layer + model.vocab_size * model.hidden_size
+
+
+def cache_bytes_per_token(model: ModelConfig) -> int:
+    """Keys and values of one token in bfloat16."""
+    return 2 * model.num_layers * model.num_query_groups * model.kv_channels * 2
+
+
+def forward_flops(model: ModelConfig, *, tokens: float, squares: float) -> float:
+    """Of one forward pass over sequences whose lengths and squared lengths add up to these."""
+    width = model.num_attention_heads * model.kv_channels
+    return 2 * matmul_parameters(model) * tokens + 2 * model.num_layers * width * squares
+
+
+class Roofline:
+    """Seconds of any item: a cost for `simulate`."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        gpu: Gpu,
+        placement: RoleMap,
+        layout: Layout,
+        *,
+        roles: Roles | None = None,
+        efficiency: Efficiency | None = None,
+    ) -> None:
+        """All roles have one architecture."""
+        self.model, self.gpu, self.placement, self.layout = model, gpu, placement, layout
+        self.roles, self.efficiency = roles or Roles(), efficiency or Efficiency()
+        self.parameters = matmul_parameters(model)
+
+    def __call__(self, item: Item, load: Load, group: int) -> float:
+        """Seconds that `group` needs for its part of `item`."""
+        if item.kind == "decode":
+            return self.decode(num_steps=load.num_steps, tokens=load.tokens, context=load.context)
+        if item.kind == "prefill":
+            return self._forward(load, self.layout.engine_ranks)
+        if item.kind == "score":
+            return self.roles.scored * self._forward(load, self.ranks(group))
+        if item.kind == "train":
+            return self.roles.forwards * self._forward(load, self.layout.train_ranks) * (1 + self.bubble(load.tokens))
+        if item.kind == "optimizer":
+            return self.efficiency.exposed * self.gradient_seconds()
+        return self.refit_seconds() if item.kind == "refit" else 0.0
+
+    def ranks(self, group: int) -> int:
+        """Of a group: a group that trains has the trainers' layout for scoring too."""
+        return self.layout.train_ranks if group in self.placement.trainers else self.layout.engine_ranks
+
+    def decode(self, *, num_steps: int, tokens: float, context: float) -> float:
+        """Seconds of a slice of decoding on one group.
+
+        Args:
+            tokens: drawn, over all steps and sequences.
+            context: attended to, over all steps and sequences.
+        """
+        t, gpu, eta = self.layout.engine_tensor, self.gpu, self.efficiency
+        copies = self.layout.engine_ranks // t  # each decodes a share of the lane
+        read = 2 * self.parameters * num_steps + cache_bytes_per_token(self.model) * context / copies
+        multiply = 2 * self.parameters * tokens / copies
+        seconds = max(read / (t * gpu.bandwidth * eta.memory), multiply / (t * gpu.flops * eta.gemm))
+        if t > 1:
+            sent = 2 * (t - 1) / t * tokens / copies * self.model.hidden_size * 2
+            each = num_steps * eta.all_reduce_seconds + sent / (gpu.link * eta.link)
+            seconds += 2 * self.model.num_layers * each
+        return seconds + num_steps * eta.host_seconds
+
+    def bubble(self, tokens: float) -> float:
+        """Time that a pipeline of a group's share of a minibatch idles, relative to its work."""
+        copies = self.layout.train_ranks // (self.layout.train_tensor * self.layout.pipeline)
+        microbatches = max(1, -(-tokens // (copies * self.layout.micro_tokens)))
+        return (self.layout.pipeline - 1) / microbatches
+
+    def gradient_seconds(self) -> float:
+        """Reduce-scatter of bfloat16 gradients and all-gather of weights between nodes, nothing hidden."""
+        return 4 * self.parameters / self.layout.pipeline / self._node_network
+
+    def refit_seconds(self) -> float:
+        """New weights of one model into every node."""
+        return 2 * self.parameters / self._node_network
+
+    @property
+    def _node_network(self) -> float:
+        return GPUS_PER_NODE * self.gpu.network * self.efficiency.network
+
+    def _forward(self, load: Load, ranks: int) -> float:
+        flops = forward_flops(self.model, tokens=load.tokens, squares=load.squares)
+        return flops / (ranks * self.gpu.flops * self.efficiency.compute)

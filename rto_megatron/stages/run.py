@@ -93,7 +93,8 @@ def _open_log(folder: Path, config_text: str, start: int) -> TensorBoardLog:
     if is_main():
         try:
             with writing("run_dir", folder):
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "checkpoints").mkdir(exist_ok=True)
                 _lock(folder)
                 (folder / "run.yaml").write_text(config_text)
             log = TensorBoardLog(folder / "tensorboard", enabled=True, start=start)

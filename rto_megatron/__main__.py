@@ -27,6 +27,8 @@ from rto_megatron.errors import STOPPED, USER_ERROR, ConfigError, StoppedToConti
 COMMANDS = {
     "doctor": "doctor.command",
     "parity": "parity.command",
+    "plan": "planner.plan",
+    "simulate": "planner.simulate",
     "verify-resume": "stages.verify_resume",
 }
 """What looks at the run of a stage and does not train it -> module with `main(path, words)`, which returns the exit

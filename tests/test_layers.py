@@ -24,6 +24,7 @@ LAYERS = [
     "stages",
     "parity",
     "doctor",
+    "planner",
     "report",
     "__main__",
     "launch",

@@ -6,7 +6,7 @@ advantage                 a + b * tokens
 optimizer, refit          a
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,12 +15,13 @@ from rto_megatron.schedule.simulate import Load
 from rto_megatron.schedule.trace import Row
 from rto_megatron.schedule.work import Item, Kind
 
-_FEATURES: dict[Kind, Callable[[Load | Row], list[float]]] = {
-    "decode": lambda load: [load.num_steps, load.tokens, load.context],
-    "advantage": lambda load: [1.0, load.tokens],
-    "optimizer": lambda load: [1.0],
-    "refit": lambda load: [1.0],
-} | dict.fromkeys(("prefill", "score", "train"), lambda load: [1.0, load.tokens, load.squares])
+
+def _features(kind: Kind, load: Load | Row) -> list[float]:
+    if kind == "decode":
+        return [load.num_steps, load.tokens, load.context]
+    if kind in ("prefill", "score", "train"):
+        return [1.0, load.tokens, load.squares]
+    return [1.0, load.tokens] if kind == "advantage" else [1.0]
 
 
 class Fitted:
@@ -31,7 +32,7 @@ class Fitted:
         self.weights: dict[tuple[str, str], np.ndarray] = {}
         for name in sorted({(row.kind, row.role) for row in rows}):
             of_name = [row for row in rows if (row.kind, row.role) == name]
-            features = np.array([_FEATURES[row.kind](row) for row in of_name], dtype=float)
+            features = np.array([_features(row.kind, row) for row in of_name], dtype=float)
             self.weights[name] = _non_negative(features, np.array([row.seconds for row in of_name]))
 
     def __call__(self, item: Item, load: Load, group: int) -> float:
@@ -44,7 +45,7 @@ class Fitted:
             raise DataError(
                 f"the trace holds no {item.kind} {item.role}, which this schedule runs; take one of a map that has it"
             )
-        return float(np.dot(self.weights[item.kind, item.role], _FEATURES[item.kind](load)))
+        return float(np.dot(self.weights[item.kind, item.role], _features(item.kind, load)))
 
 
 def _non_negative(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:

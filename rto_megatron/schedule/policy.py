@@ -248,10 +248,8 @@ class Schedule:
     def _may_score(self, group: int, pack: Pack) -> bool:
         if not self.placement.streams and not self._step(pack.step).drained:
             return False
-        if group in self._snapshots:
-            return self._refits[group, "scorer"] == self._version(pack.step)
-        head = self._heads[group]
-        return head is None or head.step == pack.step  # it scores with what it trains
+        # Without a snapshot it scores with what it trains, which is at this version: its program came first.
+        return group not in self._snapshots or self._refits[group, "scorer"] == self._version(pack.step)
 
     def _pack_item(self, group: int, pack: Pack) -> Item:
         return Item(

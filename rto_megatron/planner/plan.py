@@ -1,0 +1,133 @@
+"""`python -m rto_megatron plan --model=llama3-8b --nodes=8 --gpu=h100`: the fastest maps and layouts, by simulation."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rto_megatron.config.load import print_options, split_options
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.errors import ConfigError
+from rto_megatron.metrics import Console
+from rto_megatron.planner.search import Planned, plan
+from rto_megatron.schedule.limits import latency_bound, resource_bound
+from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu
+from rto_megatron.schedule.work import KINDS, Sizes
+from rto_megatron.schedule.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to plan for; all roles have one architecture, and lengths are lognormal."""
+
+    model: Literal["llama3-1b", "llama3-8b", "llama3-70b"]
+    """Architecture of all five roles."""
+    nodes: int = 1
+    """Of eight GPUs."""
+    gpu: Literal["a100", "h100", "h200"] = "h100"
+    """Whose rooflines to take."""
+    samples: int = 1024
+    """Responses of a step."""
+    minibatch: int = 128
+    """Responses of an optimizer step."""
+    prompt_tokens: int = 256
+    """Of every prompt."""
+    max_new_tokens: int = 1024
+    """Window of a response; the mean length is 0.4 of it."""
+    max_staleness: Literal[0, 1] = 0
+    """1 also tries responses that the weights of the step before have written."""
+    shown: int = 5
+    """Rows of the table."""
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "samples", "minibatch", "prompt_tokens", "max_new_tokens", "shown"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.samples % self.minibatch:
+            raise ValueError(f"minibatch must divide samples {self.samples}, got {self.minibatch}")
+
+
+def main(path: Path | None, words: list[str]) -> int:
+    """Print the plan; 0."""
+    if "-h" in words or "--help" in words:
+        print_options(Options, "python -m rto_megatron plan")
+    options, rest = split_options(Options, words)
+    if path is not None or rest:
+        raise ConfigError(f"plan takes no YAML file and no settings of a run, got {path or rest[0]}; see plan --help")
+    model, gpu, num_gpus = MODELS[options.model], GPUS[options.gpu], options.nodes * GPUS_PER_NODE
+    workload = Workload(prompt_tokens=options.prompt_tokens, max_new_tokens=options.max_new_tokens)
+    found = plan(
+        model,
+        gpu,
+        num_gpus=num_gpus,
+        workload=workload,
+        samples=options.samples,
+        minibatch=options.minibatch,
+        max_staleness=options.max_staleness,
+    )
+    _show(Console(), options, found, model, gpu, workload)
+    return 0
+
+
+def _show(
+    console: Console, options: Options, found: list[Planned], model: ModelConfig, gpu: Gpu, workload: Workload
+) -> None:
+    num_gpus, best = options.nodes * GPUS_PER_NODE, found[0]
+    console.say("Rooflines, nothing measured: seconds are good to about a quarter, ratios to about a tenth.\n")
+    columns = ["map", "engine TP", "train TP", "train PP", "slots", "seconds", "idle", "overlap"]
+    rows = [
+        (
+            planned.candidate.name,
+            planned.candidate.layout.engine_tensor,
+            planned.candidate.layout.train_tensor,
+            planned.candidate.layout.pipeline,
+            planned.slots,
+            planned.seconds,
+            planned.summary.idle_frac,
+            planned.summary.overlap,
+        )
+        for planned in found[: options.shown]
+    ]
+    console.table(f"{options.model} on {num_gpus} {options.gpu}: seconds per step", columns, rows)
+    console.table(
+        "the best: share of all ranks' time",
+        ["phase", "share"],
+        [(kind, best.summary.busy[kind] / best.summary.makespan) for kind in KINDS]
+        + [("idle", best.summary.idle_frac)],
+    )
+    parts = sorted({part for rank in best.memory.values() for part in rank})
+    console.table(
+        "the best: GiB of the fullest rank",
+        ["part", *best.memory],
+        [(part, *(rank.get(part, 0.0) / 2**30 for rank in best.memory.values())) for part in parts],
+    )
+    known = workload.known(
+        0, Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
+    )
+    work = resource_bound(model, gpu, known, workload.lengths(0, options.samples), num_gpus=num_gpus)
+    alone = latency_bound(
+        model,
+        gpu,
+        max_new_tokens=workload.max_new_tokens,
+        context=workload.prompt_tokens + workload.max_new_tokens / 2,
+        tensor=best.candidate.layout.engine_tensor,
+    )
+    console.say(
+        f"no schedule is faster than {work:.3g} s (all work, no gap); the longest response alone takes {alone:.3g} s"
+    )
+    console.say(f"what binds: {what_binds(best, alone)}")
+
+
+def what_binds(planned: Planned, alone: float) -> str:
+    """In words, what the step's time goes to."""
+    busy = planned.summary.busy
+    shares = {
+        "writing responses": busy["prefill"] + busy["decode"],
+        "scoring": busy["score"],
+        "training": busy["train"] + busy["optimizer"],
+        "waiting": planned.summary.idle_frac * planned.summary.makespan,
+    }
+    largest = max(shares, key=lambda name: shares[name])
+    share = shares[largest] / planned.summary.makespan
+    if largest == "writing responses" and alone > 0.5 * share * planned.seconds:
+        largest = "the latency of the longest responses"
+    return f"{largest}, {share:.0%} of all ranks' time"

@@ -6,9 +6,12 @@ import pytest
 
 from rto_megatron.__main__ import main
 from rto_megatron.planner.search import candidates, memory_of, plan
-from rto_megatron.schedule.rooflines import GPUS, MODELS
-from rto_megatron.schedule.trace import read_trace
+from rto_megatron.schedule.placement import split
+from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
+from rto_megatron.schedule.trace import read_trace, write_trace
+from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
+from tests.stages.chain import words_of
 
 SHORT = Workload(prompt_tokens=64, max_new_tokens=128)
 YAML = """\
@@ -101,12 +104,15 @@ def run_yaml(tmp_path):
     return path
 
 
-def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, capsys):
-    from rto_megatron.schedule.placement import split
-    from rto_megatron.schedule.rooflines import Layout, Roofline
-    from rto_megatron.schedule.trace import write_trace
-    from rto_megatron.schedule.work import Sizes
+def test_simulate_times_a_config_with_rooflines_of_its_model(chain, capsys):
+    """The words are those that rto itself runs with; the layout is that of the run."""
+    assert main(["simulate", *words_of("rto", chain), "--parallel.tensor=2", "--map=fused", "--groups=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "costs: rooflines of one h100, nothing measured" in printed
+    assert re.search(r"fused, 2 groups: [\d.e-]+ seconds per step", printed)
 
+
+def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, capsys):
     seen = SHORT.run(
         Roofline(MODELS["llama3-1b"], GPUS["h100"], split(1, 1), Layout(engine_ranks=1, train_ranks=1)),
         Sizes(num_steps=3, samples=32, minibatch=8, lanes=1, slots=8),

@@ -24,5 +24,5 @@ cat <<EOF
 
 run folder:   $runs  (table: $runs/evaluation/evaluation.md, answers: $runs/evaluation/responses.jsonl)
 TensorBoard:  tensorboard --logdir $runs
-one rank:     python -m rto_megatron rto $here/rto.yaml --parallel.tensor=1
+one rank:     python -m rto_megatron rto $here/rto.yaml --run_dir=$runs/rto-alone --parallel.tensor=1
 EOF

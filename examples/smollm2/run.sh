@@ -21,7 +21,7 @@ fi
 timed() {
     local name=$1 result=$2 start=$SECONDS
     shift 2
-    if [ -e "$result" ]; then
+    if [ -n "$result" ] && [ -e "$result" ]; then
         printf '\n== %s: done before (%s)\n' "$name" "$result"
         return
     fi
@@ -35,7 +35,8 @@ ranks() { torchrun --standalone --nproc-per-node 2 -m rto_megatron "$@"; }
 timed get "$runs/hf/config.json" python tools/get_smollm2.py --out "$runs/hf" ${1:+--source "$1"}
 timed convert "$runs/base/checkpoints/latest.txt" ranks convert --source "$runs/hf" --out "$runs/base"
 for name in dpo reward rto; do
-    timed "$name" "$runs/$name/checkpoints/latest.txt" ranks "$name" "$here/$name.yaml"
+    # no result to look for: a stage knows itself whether it is done, or where it stopped
+    timed "$name" "" ranks "$name" "$here/$name.yaml"
 done
 timed evaluate "$runs/evaluation/evaluation.md" ranks evaluate "$here/evaluate.yaml"
 timed export "$runs/rto-hf/config.json" ranks convert --source "$runs/rto" --out "$runs/rto-hf"

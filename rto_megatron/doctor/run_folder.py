@@ -83,7 +83,7 @@ def check_earlier_run(found: Section, config: Any, roles: Roles, rows: Rows, num
         found.note(
             f"{own.folder}: all {num_steps} steps are done",
             why="the run would say so and end",
-            way_out="remove it to do them again",
+            way_out="to do them again, set another run_dir or remove the run folder",
         )
     else:
         found.note(

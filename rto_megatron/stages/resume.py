@@ -260,9 +260,12 @@ def is_finished(own: Checkpoint | None, num_steps: int) -> bool:
     if own.manifest.step > num_steps:
         raise ConfigError(
             f"{own.folder}: has {own.manifest.step} steps, more than the {num_steps} of this config; "
-            "set another run_dir, or remove the folder"
+            f"set another run_dir, or remove {own.folder.parents[1]}"
         )
-    Console(is_main()).say(f"{own.folder}: all {num_steps} steps are done; remove the folder to do them again")
+    Console(is_main()).say(
+        f"{own.folder}: all {num_steps} steps are done; to do them again, set another run_dir or remove "
+        f"{own.folder.parents[1]}"
+    )
     return True
 
 

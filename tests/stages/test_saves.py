@@ -1,13 +1,11 @@
 """What a run keeps of itself: which checkpoints, on which layout they load, and what damage and full disks leave."""
 
-import contextlib
 import json
 import os
 import re
 import resource
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -239,37 +237,26 @@ def test_where_files_cannot_grow_the_last_good_one_stays(reserve, background, ch
 
 def kill_the_writer(chain, settings, below):
     """A run whose writer process, or what that one started, is killed in the second save; what the user is told."""
-    import psutil
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     from rto_megatron.distributed import save
 
     real = save._write
 
-    def slow(*args):
-        if below:
-            inner = args[0][0].async_fn
-            args[0][0] = args[0][0]._replace(async_fn=lambda *a, **k: (watch(), inner(*a, **k)))
-        else:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def die(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def deadly(*args):
+        if not below:
+            die()
+        FileSystemWriterAsync.write_preloaded_data = staticmethod(die)  # what the processes below it run
         real(*args)
-
-    def watch():
-        """Kill the first process that this one starts."""
-        import threading
-
-        def kill():
-            while not (children := psutil.Process().children()):
-                time.sleep(0.0005)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(children[0].pid, signal.SIGKILL)
-
-        threading.Thread(target=kill, daemon=True).start()
 
     start = save.Saver.start
 
     def second(self, *args, **kwargs):
         if self.last is not None:
-            save._write = slow
+            save._write = deadly
         start(self, *args, **kwargs)
 
     save.Saver.start = second

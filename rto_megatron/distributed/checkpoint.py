@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.distributed.collectives import gather_objects
-from rto_megatron.distributed.optimizer import Trainable, optimizer_state
+from rto_megatron.distributed.optimizer import Trainable, optimizer_state, sharded_weights
 from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.errors import CheckpointError
 
@@ -198,7 +198,7 @@ def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> No
 
 def weights_of(model: MegatronModule) -> dict[str, Any]:
     """The model's sharded weights; extra state is Transformer Engine's alone and would tie a checkpoint to it."""
-    return {name: value for name, value in model.sharded_state_dict().items() if "_extra_state" not in name}
+    return {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
 
 
 def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> None:

@@ -1,13 +1,14 @@
 """The grid of ranks: who shares a matrix, who shares the layers, who holds another part of the batch.
 
-Everybody reads the mesh; only this module touches Megatron's global parallel state.
+Everybody reads the mesh. Megatron's global parallel state knows one grid a process and is never set up: models, DDP,
+optimizers and schedules are given their groups.
 """
 
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
@@ -56,26 +57,87 @@ class Mesh:
 
 
 def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh:
-    """Cut the world into tensor x pipeline x data ranks and seed Megatron's random streams.
-
-    A second call in one process must ask for the same sizes and gets the same groups: every gloo group keeps threads
-    until the process ends, so groups are never torn down and rebuilt.
+    """Cut the whole world into tensor x pipeline x data ranks and seed Megatron's random streams.
 
     Raises:
         ConfigError: tensor x pipeline does not divide the world, or the seed is out of range.
     """
     check_seed(seed)
     num_data = parallel.data(world_size())
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(parallel.tensor, parallel.pipeline, create_gloo_process_groups=False)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    mesh = Mesh(
-        groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime
-    )
-    built = (mesh.tensor.size, mesh.pipeline.size, mesh.data.size)
-    assert built == (parallel.tensor, parallel.pipeline, num_data), f"this process already has the mesh {built}"
+    mesh = role_mesh(parallel, runtime, ranks=range(world_size()))
+    assert mesh is not None and mesh.data.size == num_data
     seed_streams(seed, mesh)
     return mesh
+
+
+def role_mesh(parallel: ParallelConfig, runtime: Runtime, *, ranks: range) -> Mesh | None:
+    """Cut some ranks of the world into tensor x pipeline x data ranks; None on the others.
+
+    Roles on ranks of their own get a mesh each. All ranks of the world must ask for the same meshes in the same
+    order. Who asks for one again gets the same groups: every gloo group keeps threads until the process ends.
+
+    Raises:
+        ConfigError: tensor x pipeline does not divide the number of ranks.
+    """
+    key = parallel.tensor, parallel.pipeline, ranks
+    if key not in _made:
+        _made[key] = _make_groups(parallel, ranks)
+    groups = _made[key]
+    if groups is None:
+        return None
+    return Mesh(groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime)
+
+
+_made: dict[tuple[int, int, range], ProcessGroupCollection | None] = {}
+"""(tensor, pipeline, ranks) -> this rank's groups of that grid."""
+
+
+def _make_groups(parallel: ParallelConfig, ranks: range) -> ProcessGroupCollection | None:
+    """Every group that Megatron's models, DDP, optimizer and schedules ask a collection for.
+
+    In its default order: tensor ranks are neighbours, pipeline stages farthest apart.
+    """
+    shape = [parallel.tensor, 1, parallel.data(len(ranks)), parallel.pipeline]
+    names = ["tp", "cp", "dp", "pp"]
+    grid = HyperCommGrid(shape, names, rank_offset=ranks.start)
+    made = {(): grid.create_pg("cp")}  # each rank alone
+
+    def over(*axes: str) -> dist.ProcessGroup | None:
+        wide = tuple(name for name, size in zip(names, shape, strict=True) if size > 1 and name in axes)
+        if wide not in made:
+            made[wide] = grid.create_pg(list(wide))
+        return made[wide]
+
+    alone, tensor, pipeline, data = made[()], over("tp"), over("pp"), over("dp")
+    model, whole = over("tp", "pp"), over("tp", "dp", "pp")
+    stages = grid.get_rank_enum("pp")
+    ends = alone
+    if parallel.pipeline > 1:  # first and last stage share the embedding's gradient
+        ends, _ = dist.new_subgroups_by_enumeration([[line[0], line[-1]] for line in stages])
+    if dist.get_rank() not in ranks:
+        return None
+    return ProcessGroupCollection(
+        tp=tensor,
+        pp=pipeline,
+        dp=data,
+        cp=alone,
+        mp=model,
+        embd=ends,
+        pos_embd=alone if dist.get_rank() in {line[0] for line in stages} else None,
+        tp_cp=tensor,
+        dp_cp=data,
+        intra_dp_cp=data,
+        tp_dp_cp=over("tp", "dp"),
+        intra_dist_opt=whole,
+        inter_dist_opt=None,
+        # there are no experts: each of their axes is one rank wide, and what is left of it is data parallel
+        ep=alone,
+        expt_tp=tensor,
+        tp_ep=tensor,
+        tp_ep_pp=model,
+        expt_dp=data,
+        intra_expt_dp=data,
+    )
 
 
 def check_seed(seed: int) -> None:
@@ -92,7 +154,7 @@ def seed_streams(seed: int, mesh: Mesh) -> None:
     # As Megatron's own training does it: the stride keeps stages clear of the tensor ranks' offsets.
     stage_seed = seed + 100 * mesh.pipeline.rank
     torch.manual_seed(stage_seed)
-    model_parallel_cuda_manual_seed(stage_seed, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(stage_seed, tp_rank=mesh.tensor.rank, ep_rank=0, etp_rank=0, force_reset_rng=True)
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:

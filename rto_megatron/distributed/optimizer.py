@@ -88,10 +88,17 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
         ),
         [ddp],
         use_gloo_process_groups=False,
+        pg_collection=mesh.groups,
     )
     megatron.no_sync_func = ddp.no_sync
     megatron.finalize_model_grads_func = _finalize
     return Trainable(name, model, ddp, optimizer)
+
+
+def sharded_weights(model: MegatronModule) -> dict[str, Any]:
+    """Which piece of each weight this rank holds, as megatron-core's checkpoints describe it."""
+    groups: Any = model.pg_collection
+    return model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
 
 
 def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str, Any]:
@@ -102,7 +109,7 @@ def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str,
     """
     # Megatron's default kind of sharding is broken in 0.16 and 0.19; the fast `dp_reshardable` keeps TP and PP fixed
     kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-    weights = trainable.model.sharded_state_dict()
+    weights = sharded_weights(trainable.model)
     return trainable.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=kind)
 
 

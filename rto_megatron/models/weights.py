@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.data.sampler import stream_seed
-from rto_megatron.distributed.optimizer import Trainable, optimizer_state
+from rto_megatron.distributed.optimizer import Trainable, optimizer_state, sharded_weights
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Shard:
 
 def shards(model: MegatronModule) -> Iterator[Shard]:
     """All pieces that this rank holds, in the model's own order."""
-    state = model.sharded_state_dict()
+    state = sharded_weights(model)
     for value in state.values():
         if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.data is not None:
             value.data = value.data.detach()  # a factory's pieces are views only of a detached tensor

@@ -97,7 +97,7 @@ def tiny_trainer(tensor: int = 1, pipeline: int = 1) -> Trainer:
 
 def _fill_by_name(gpt: GPTModel) -> None:
     """Draw each whole matrix from a seed of its name and keep this rank's part."""
-    for shard in gpt.sharded_state_dict().values():
+    for shard in sharded_weights(gpt).values():
         if not isinstance(getattr(shard, "data", None), Tensor):
             continue
         seed = int.from_bytes(shard.key.encode()) % 2**31

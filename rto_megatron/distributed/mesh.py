@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.hyper_comm_grid import HyperCommGrid
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -85,6 +86,8 @@ def role_mesh(parallel: ParallelConfig, runtime: Runtime, *, ranks: range) -> Me
     groups = _made[key]
     if groups is None:
         return None
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # sequence parallelism gathers into it, whatever the groups
+        parallel_state._set_global_memory_buffer()
     return Mesh(groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime)
 
 

@@ -16,8 +16,11 @@ class CausalAttention(MegatronModule):
     parallel state; this one does neither.
     """
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, *_: Any, pg_collection: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
         super().__init__(config=config)
+        self.tp_group = pg_collection.tp  # else Megatron's checkpoints ask the global parallel state
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

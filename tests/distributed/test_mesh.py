@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rto_megatron.config.parallel import ParallelConfig
-from rto_megatron.distributed.mesh import build_mesh
+from rto_megatron.distributed.mesh import build_mesh, role_mesh
 from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.errors import ConfigError
 from tests.ranks import run_ranks
@@ -45,13 +45,36 @@ def build_twice():
     assert start_runtime(threads=1) is runtime
     first = build_mesh(ParallelConfig(tensor=2), runtime, seed=0)
     again = build_mesh(ParallelConfig(tensor=2), runtime, seed=0)
-    with pytest.raises(AssertionError, match=r"already has the mesh \(2, 1, 1\)"):
-        build_mesh(ParallelConfig(pipeline=2), runtime, seed=0)
-    return first.tensor.group is again.tensor.group
+    other = build_mesh(ParallelConfig(pipeline=2), runtime, seed=0)
+    return first.groups is again.groups, first.tensor.size, other.pipeline.size
 
 
-def test_a_process_has_one_layout_and_reuses_its_groups():
-    assert run_ranks(build_twice, 2) == [True, True]
+def test_a_mesh_is_made_once_and_others_may_lie_beside_it():
+    assert run_ranks(build_twice, 2) == [(True, 2, 2)] * 2
+
+
+def places_of_two_roles():
+    runtime = start_runtime(threads=1)
+    policy = role_mesh(ParallelConfig(tensor=2), runtime, ranks=range(2))
+    engine = role_mesh(ParallelConfig(), runtime, ranks=range(2, 3))
+    return [mesh and (mesh.tensor.rank, mesh.tensor.size, mesh.data.size) for mesh in (policy, engine)]
+
+
+def test_roles_on_ranks_of_their_own_have_a_mesh_there_and_none_elsewhere():
+    assert run_ranks(places_of_two_roles, 3) == [[(0, 2, 1), None], [(1, 2, 1), None], [None, (0, 1, 1)]]
+
+
+def ask_megatron_after_a_step():
+    from megatron.core import parallel_state
+
+    from tests.distributed.tiny import tiny_trainer
+
+    tiny_trainer(tensor=2).train(1)
+    return parallel_state.model_parallel_is_initialized()
+
+
+def test_training_sets_up_no_global_parallel_state():
+    assert run_ranks(ask_megatron_after_a_step, 2) == [False, False]
 
 
 def draw():

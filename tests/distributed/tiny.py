@@ -1,6 +1,7 @@
 """A GPT small enough to train in a test, built from Megatron alone: the proof of the adapter uses no model of ours."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,13 +9,20 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import (
+    forward_backward_no_pipelining,
+    forward_backward_pipelining_without_interleaving,
+)
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.nn import functional as F
 
 from rto_megatron.config.parallel import ParallelConfig
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.mesh import Mesh, build_mesh
+from rto_megatron.distributed.optimizer import sharded_weights
 from rto_megatron.distributed.runtime import start_runtime
 
 VOCABULARY, LENGTH, ROWS, MICROBATCHES = 32, 6, 2, 2
@@ -34,12 +42,17 @@ class Trainer:
 
     def optimizer_state(self, **kwargs: Any) -> Any:
         """Sharded state of the optimizer, as dist_checkpointing takes it."""
-        return self.optimizer.sharded_state_dict(self.model.module.sharded_state_dict(), **kwargs)
+        return self.optimizer.sharded_state_dict(sharded_weights(self.model.module), **kwargs)
 
     def _step(self, seed: int) -> float:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reported = get_forward_backward_func()(
+        schedule: Any = forward_backward_no_pipelining
+        if self.mesh.pipeline.size > 1:
+            config = self.model.module.config
+            communicator = P2PCommunicator(pp_group=self.mesh.groups.pp, config=config)
+            schedule = partial(forward_backward_pipelining_without_interleaving, p2p_communicator=communicator)
+        reported = schedule(
             forward_step_func=_forward,
             data_iterator=iter(_microbatches(seed, self.mesh)),
             model=[self.model],
@@ -47,6 +60,7 @@ class Trainer:
             seq_length=LENGTH,
             micro_batch_size=ROWS,
             forward_only=False,
+            pg_collection=self.mesh.groups,
         )
         assert self.optimizer.step()[0]
         loss = torch.stack(reported).mean() if self.mesh.is_last_stage else None
@@ -86,9 +100,11 @@ def tiny_trainer(tensor: int = 1, pipeline: int = 1) -> Trainer:
     )
     _fill_by_name(gpt)
     gpt.to(mesh.device)
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), gpt)
+    model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), gpt, pg_collection=mesh.groups)
     settings = OptimizerConfig(lr=1e-2, clip_grad=1.0, use_distributed_optimizer=True)
-    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False)
+    optimizer = get_megatron_optimizer(
+        settings, [model], use_gloo_process_groups=False, pg_collection=mesh.groups
+    )
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = model.no_sync
@@ -125,8 +141,10 @@ def _forward(batches: Any, model: Any) -> tuple[Tensor, Any]:
     future = torch.ones(1, 1, LENGTH, LENGTH, device=tokens.device).triu(1).bool()
     positions = torch.arange(LENGTH, device=tokens.device).expand_as(inputs)
 
-    def loss(losses: Tensor) -> tuple[Tensor, Tensor]:
-        mean = losses.float().mean()
+    def loss(logits: Tensor) -> tuple[Tensor, Tensor]:
+        # not by Megatron's cross entropy, which asks the global parallel state for its group
+        whole = gather_from_tensor_model_parallel_region(logits, group=model.module.pg_collection.tp)
+        mean = F.cross_entropy(whole.flatten(0, 1).float(), labels.flatten())
         return mean, mean.detach().clone()  # the schedule divides the first one in place
 
-    return model(inputs, positions, future, labels=labels), loss
+    return model(inputs, positions, future), loss

@@ -59,6 +59,14 @@ class Lane:
         """Whether all of its responses have ended."""
         return not self._waiting and not self._written
 
+    def write_out(self, lengths: Mapping[int, int]) -> list[Pack]:
+        """Make all passes that are left, of responses whose lengths are known; the packs that they closed."""
+        packs: list[Pack] = []
+        while (now := self.upcoming()) is not None:
+            left = {sample: lengths[sample] - self._written.get(sample, 0) for sample in now.samples}
+            packs += self.advance({sample: lengths[sample] for sample in now.samples if left[sample] <= now.num_steps})
+        return packs
+
     def upcoming(self) -> Pass | None:
         """The pass that comes next: new prompts once a quarter of the slots is free, else a slice of decoding."""
         if new := self._admitted():

@@ -90,15 +90,19 @@ def fused(num_groups: int, *, critic: bool = True) -> RoleMap:
 def split(
     num_rollout: int, num_policy: int, num_critic: int = 0, *, critic: bool = True, score: str = "train"
 ) -> RoleMap:
-    """The first groups write, the rest train.
+    """The first groups train the policy, the next write, and the last train the critic if it has its own.
 
     Args:
-        num_critic: groups that train the critic beside the policy's; 0 trains both on the policy's groups.
-        score: `train`, `rollout` or `all`: the groups that score.
+        num_critic: groups that train the critic; 0 trains both on the policy's groups.
+        score: the groups that score: `train` those of the policy, `rollout` those that write, or `all` of these.
     """
-    engines, rest = tuple(range(num_rollout)), num_rollout + num_policy
-    policy, own = tuple(range(num_rollout, rest)), tuple(range(rest, rest + num_critic))
-    scorers = {"train": policy + own, "rollout": engines, "all": engines + policy + own}
+    rest = num_policy + num_rollout
+    policy, engines, own = (
+        tuple(range(num_policy)),
+        tuple(range(num_policy, rest)),
+        tuple(range(rest, rest + num_critic)),
+    )
+    scorers = {"train": policy, "rollout": engines, "all": policy + engines}
     if score not in scorers:
         raise ValueError(f"score must be one of {', '.join(scorers)}, got {score!r}")
     critics = (own or policy) if critic else ()

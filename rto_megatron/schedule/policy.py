@@ -7,17 +7,21 @@
 
 The *program* lists training and all that groups do together; each group does its part of it, in order:
 
-    step i:   advantage                                    once all samples of the step are scored
+    step i:   proximal                                     with staleness: the policy is another one than wrote
+              advantage                                    once all samples of the step are scored
               for each minibatch:                          (or of the minibatch, with early minibatches)
-                  train policy, optimizer policy, train critic, optimizer critic
+                  train policy and critic; optimizer policy, optimizer critic
               refit engine, version i + 1                  once no response of an older version is being written
               refit scorer, version i + 1                  once no response of an older version is unscored
+              boundary                                     everybody
 
 As everybody meets the shared items in one order, no two groups can wait for each other in different ones. Who decodes
 which lane and scores which pack is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks
 (`lane.py`): time decides only when, so the weights come out the same however long anything takes.
 
 Responses of step i are written and judged by version max(0, i - staleness): version v is the weights after v steps.
+So at a boundary with staleness 1 the next step's samples are there, written and scored by weights that are gone: they
+are part of the state that a run goes on from (`handed_over`).
 """
 
 from collections import Counter
@@ -27,7 +31,7 @@ from itertools import chain
 
 from rto_megatron.schedule.lane import Lane, Pack
 from rto_megatron.schedule.placement import RoleMap
-from rto_megatron.schedule.work import Item, Sizes, StepInput, share
+from rto_megatron.schedule.work import Item, Sizes, StepInput
 
 INFINITY = float("inf")
 
@@ -47,14 +51,18 @@ class Schedule:
         *,
         staleness: int = 0,
         early: bool = False,
+        first_step: int = 0,
+        handed_over: Mapping[int, int] | None = None,
     ) -> None:
-        """Nothing has run.
+        """Nothing has run; engines and scorers hold the weights of version `first_step`.
 
         Args:
             inputs: what is known of a step beforehand; asked once a step.
             staleness: 0 writes the responses of a step with the newest weights; 1 with those of the step before.
-            early: fill the minibatches of the first epoch with responses in the order in which they end, and train
-                each once it is scored; its advantages are whitened by themselves.
+            early: fill the minibatches of the first epoch with responses in the order in which they end, each
+                whitened by itself. Where other groups write than train, each is trained once it is scored.
+            first_step: where to go on.
+            handed_over: tokens of each response of the first step, where these are written and scored already.
 
         Raises:
             ValueError: the numbers do not fit each other.
@@ -62,7 +70,9 @@ class Schedule:
         _check(placement, sizes, staleness, early)
         self.placement, self.sizes, self.staleness, self.early = placement, sizes, staleness, early
         self._inputs, self._steps = inputs, {}
-        self._snapshots = placement.snapshots(moves=early or staleness > 0)
+        self._snapshots = placement.snapshots(moves=staleness > 0 or (early and not placement.shares_weights))
+        self._first_step = self._version_at_start = first_step
+        self._handed_over = handed_over
         self._programs = {group: chain.from_iterable(self._parts(group)) for group in placement.groups}
         self._heads: dict[int, Item | None] = {group: next(self._programs[group], None) for group in placement.groups}
         self._ended: Counter[tuple] = Counter()
@@ -72,7 +82,6 @@ class Schedule:
             self._lanes_of[placement.engine_of(lane, sizes.lanes)].append(lane)
         self._refits: Counter[tuple[int, str]] = Counter()
         self._to_score: dict[int, list[Pack]] = {group: [] for group in placement.scorers}
-        self._first_step = 0
 
     @property
     def finished(self) -> bool:
@@ -108,28 +117,30 @@ class Schedule:
     # The program: training, and what groups do together.
 
     def _parts(self, group: int) -> Iterator[Iterator[Item]]:
-        for step in range(self.sizes.num_steps):
+        for step in range(self._first_step, self.sizes.num_steps):
             yield (item for item in self._program(step) if group in item.groups)
 
     def _program(self, step: int) -> Iterator[Item]:
         """All items of one step that are not of a lane, in the order of every group; their samples come later."""
         place = self.placement
-        trained = {"policy": place.policy, "critic": place.critic}
+        learners = {role: groups for role in ("policy", "critic") if (groups := getattr(place, role))}
+        together = {"both": place.policy} if place.policy == place.critic else learners
+        if self.staleness:
+            yield Item(kind="proximal", step=step, groups=place.policy, number=0, version=step)
         for number in range(len(self._step(step).minibatches)):
+            work = {"step": step, "number": number, "version": step}
             if self.early or number == 0:
-                yield Item(kind="advantage", step=step, groups=place.trainers, number=number, version=step)
-            for role, groups in trained.items():
-                if groups:
-                    work = {"step": step, "groups": groups, "number": number, "role": role, "version": step}
-                    yield Item(kind="train", **work)
-                    yield Item(kind="optimizer", **work)
-        version = step + 1
-        if version + self.staleness < self.sizes.num_steps:  # else no response would be written with it
-            refit = {"kind": "refit", "step": step, "number": version, "version": version}
-            if not place.shares_weights:
-                yield Item(groups=_union(place.policy, place.engines), role="engine", **refit)
-            if self._snapshots:
-                yield Item(groups=_union(place.trainers, self._snapshots), role="scorer", **refit)
+                yield Item(kind="advantage", groups=place.trainers, **work)
+            for role, groups in together.items():
+                yield Item(kind="train", groups=groups, role=role, **work)
+            for role, groups in learners.items():
+                yield Item(kind="optimizer", groups=groups, role=role, **work)
+        refit = {"kind": "refit", "step": step, "number": step + 1, "version": step + 1}
+        if not place.shares_weights:
+            yield Item(groups=_union(place.policy, place.engines), role="engine", **refit)
+        if self._snapshots:
+            yield Item(groups=_union(place.trainers, self._snapshots), role="scorer", **refit)
+        yield Item(kind="boundary", step=step, groups=tuple(place.groups), number=0, version=step + 1)
 
     def _of_program(self, group: int) -> Item | None:
         head = self._heads[group]
@@ -137,27 +148,30 @@ class Schedule:
             return None
         if head.kind == "refit":
             return head if self._may_refit(head) else None
+        if head.kind == "boundary":
+            return head
         samples = self._members(head)
-        if samples is None or (head.kind == "advantage" and not self._are_scored(head.step, samples)):
+        if samples is None or not self._are_scored(head, samples):
             return None
         if head.kind == "train":
             # Each group does a share of its own; they meet again in the optimizer step.
-            mine = share(len(samples), head.groups.index(group), len(head.groups))
-            return replace(head, groups=(group,), samples=samples[mine.start : mine.stop])
-        return replace(head, samples=samples)
+            return replace(head, groups=(group,), samples=samples[head.groups.index(group) :: len(head.groups)])
+        return replace(head, groups=(group,) if head.kind == "advantage" else head.groups, samples=samples)
 
     def _members(self, item: Item) -> tuple[int, ...] | None:
         """The samples that a step of training is about; None if it is not known yet."""
         step = self._step(item.step)
-        if item.kind == "advantage" and not self.early:
+        if item.kind == "proximal" or (item.kind == "advantage" and not self.early):
             return tuple(range(self.sizes.samples))
         if not self.early or item.number >= self.sizes.minibatches:
             return tuple(step.minibatches[item.number])
         known, first = step.in_order_of_ending(), item.number * self.sizes.minibatch
         return known[first : first + self.sizes.minibatch] if len(known) >= first + self.sizes.minibatch else None
 
-    def _are_scored(self, step: int, samples: tuple[int, ...]) -> bool:
-        scored = self._step(step).scored
+    def _are_scored(self, item: Item, samples: tuple[int, ...]) -> bool:
+        scored = self._step(item.step).scored
+        if self.placement.shares_weights:  # training moves the weights that write and score
+            return len(scored) == self.sizes.samples
         return len(scored) >= len(samples) and scored.issuperset(samples)
 
     def _may_refit(self, item: Item) -> bool:
@@ -168,7 +182,7 @@ class Schedule:
             if groups and (role == "policy" or item.role == "scorer")
             for last in [len(self._step(item.step).minibatches) - 1]
         ]
-        of_older = range(self._first_step, item.version + self.staleness)
+        of_older = range(self._first_step, min(item.version + self.staleness, self.sizes.num_steps))
         if item.role == "engine":
             return all(trained) and all(self._step(step).drained for step in of_older)
         return all(trained) and all(len(self._step(step).scored) == self.sizes.samples for step in of_older)
@@ -228,7 +242,11 @@ class Schedule:
         if self.placement.shares_weights:
             head = self._heads[group]
             return head is None or head.step == step
-        return self._refits[group, "engine"] == self._version(step)
+        return self._given(group, "engine") == self._version(step)
+
+    def _given(self, group: int, role: str) -> int:
+        """The version that a group's engine or snapshot holds."""
+        return self._version_at_start + self._refits[group, role]
 
     def _version(self, step: int) -> int:
         return max(0, step - self.staleness)
@@ -249,7 +267,7 @@ class Schedule:
         if not self.placement.streams and not self._step(pack.step).drained:
             return False
         # Without a snapshot it scores with what it trains, which is at this version: its program came first.
-        return group not in self._snapshots or self._refits[group, "scorer"] == self._version(pack.step)
+        return group not in self._snapshots or self._given(group, "scorer") == self._version(pack.step)
 
     def _pack_item(self, group: int, pack: Pack) -> Item:
         return Item(
@@ -275,6 +293,8 @@ class Schedule:
             known = self._inputs(number)
             known.check(self.sizes, step=number)
             self._steps[number] = _Step(known, self.sizes, number)
+            if self._handed_over is not None and number == self._version_at_start:
+                self._steps[number].take_over(self._handed_over)
         return self._steps[number]
 
 
@@ -285,6 +305,12 @@ class _Step:
         self.minibatches = known.minibatches
         self.lanes = [Lane(sizes, known.prompt_tokens, step=number, number=lane) for lane in range(sizes.lanes)]
         self.scored: set[int] = set()
+
+    def take_over(self, lengths: Mapping[int, int]) -> None:
+        """Its responses, of these lengths, are written and scored."""
+        for lane in self.lanes:
+            lane.write_out(lengths)
+        self.scored.update(lengths)
 
     @property
     def drained(self) -> bool:
@@ -305,10 +331,10 @@ def _union(*groups: tuple[int, ...]) -> tuple[int, ...]:
 def _check(placement: RoleMap, sizes: Sizes, staleness: int, early: bool) -> None:
     if staleness not in (0, 1):
         raise ValueError(f"staleness must be 0 or 1, got {staleness}")
-    if (staleness or early) and (set(placement.engines) & set(placement.trainers)):
+    if staleness and placement.shares_weights:
         raise ValueError(
-            f"staleness {staleness} with early {early} needs the split map, got {placement.name}: where a group writes "
-            "with the weights that it trains, training waits for the last response; use split, or neither of the two"
+            f"staleness {staleness} needs the split map, got {placement.name}: a group that writes with the weights "
+            "that it trains has no older ones"
         )
     if sizes.lanes % len(placement.engines):
         raise ValueError(

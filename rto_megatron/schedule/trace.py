@@ -13,10 +13,12 @@ LETTERS: dict[Kind, str] = {
     "prefill": "p",
     "decode": "D",
     "score": "S",
+    "proximal": "x",
     "advantage": "a",
     "train": "T",
     "optimizer": "o",
     "refit": "r",
+    "boundary": "|",
 }
 
 
@@ -25,6 +27,8 @@ class Row:
     """One item on one group. Measured and simulated traces have the same rows; seconds count from the first item."""
 
     group: int
+    rank: int = -1
+    """Of a measured row: a group's ranks have one each. -1 in a simulated one, whose groups are one piece."""
     kind: Kind
     role: str
     step: int

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
-Kind = Literal["prefill", "decode", "score", "advantage", "train", "optimizer", "refit"]
-KINDS: tuple[Kind, ...] = ("prefill", "decode", "score", "advantage", "train", "optimizer", "refit")
+Kind = Literal["prefill", "decode", "score", "proximal", "advantage", "train", "optimizer", "refit", "boundary"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 """In the order in which a sample meets them."""
 
 
@@ -18,10 +18,14 @@ class Item:
     | prefill   | reads the prompts of `samples` and draws their first tokens           | of lane   |                 |
     | decode    | draws `num_steps` tokens of each of `samples`; fewer if all have ended | of lane   |                 |
     | score     | asks every role about `samples`                                       | of lane   |                 |
-    | advantage | gathers scored rows; token rewards, advantages, returns of `samples`  | minibatch |                 |
-    | train     | forward and backward over `samples`, its share of a minibatch         | minibatch | policy, critic  |
+    | proximal  | asks the policy, as it is before its update, about `samples` too      |           |                 |
+    | advantage | token rewards, advantages and returns of `samples`, once all are there | minibatch |                 |
+    | train     | forward and backward over `samples`, its share of a minibatch         | minibatch | who is trained  |
     | optimizer | sums gradients over `groups`, and steps                               | minibatch | policy, critic  |
     | refit     | takes `version` of what was trained from those who train              | version   | engine, scorer  |
+    | boundary  | all meet: the step is over, its numbers and a checkpoint are written   |           |                 |
+
+    Who is trained: `policy`, `critic`, or `both` where they share their groups.
     """
 
     kind: Kind

@@ -59,13 +59,14 @@ class Case:
             found += [order[first : first + size] for first in range(0, len(order), size)]
         return found
 
-    def schedule(self) -> Schedule:
+    def schedule(self, **more) -> Schedule:
         return Schedule(
             self.placement,
             self.sizes,
             lambda step: StepInput(self.prompts(step), self.minibatches(step)),
             staleness=self.staleness,
             early=self.early,
+            **more,
         )
 
 
@@ -92,7 +93,7 @@ class Run:
         return found
 
 
-def run(case: Case, *, timing: int | None = 0, latency: float = 0.0) -> Run:
+def run(case: Case, *, timing: int | None = 0, latency: float = 0.0, **more) -> Run:
     """Time a case with random durations, some of them a thousand times the others; without `timing`, 1 each.
 
     None is 0, so that what begins when another ends is known to come after it.
@@ -103,7 +104,7 @@ def run(case: Case, *, timing: int | None = 0, latency: float = 0.0) -> Run:
         items[group, *item.key] = item
         return 1.0 if timing is None else rng.uniform(0.1, 1) * rng.choice([0.01, 0.1, 1.0, 10.0])
 
-    rows = simulate(case.schedule(), Responses(case.prompts, case.lengths), cost, latency=latency)
+    rows = simulate(case.schedule(**more), Responses(case.prompts, case.lengths), cost, latency=latency)
     return Run(case, [(row, items[row.group, row.kind, row.step, row.lane, row.number, row.role]) for row in rows])
 
 
@@ -134,7 +135,7 @@ def cases(draw, **fixed) -> Case:
     )
     settings = {
         "staleness": draw(st.integers(0, 1)) if name == "split" else 0,
-        "early": draw(st.booleans()) if name == "split" else False,
+        "early": draw(st.booleans()),
         "epochs": draw(st.integers(1, 2)),
         "seed": draw(st.integers(0, 10**6)),
     }

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rto_megatron.schedule.order import Inbox
 from rto_megatron.schedule.placement import RoleMap, colocated, fused, split
 from rto_megatron.schedule.policy import Schedule
 from rto_megatron.schedule.simulate import Responses
@@ -16,6 +17,11 @@ from rto_megatron.schedule.work import Sizes, StepInput
 from tests.schedule.runs import Case, cases, many, run
 
 timings = st.integers(0, 10**6)
+
+
+def trained_as(role, done, **wanted):
+    """Train items of a role, on its own groups or together with the other."""
+    return done.of("train", role=role, **wanted) + done.of("train", role="both", **wanted)
 
 
 @many
@@ -31,11 +37,13 @@ def test_every_item_runs_exactly_once_and_nothing_waits_forever(case, timing):
         first = Counter(sample for _, item in done.of("prefill", step=step) for sample in item.samples)
         assert first == Counter(range(sizes.samples))
         for role, groups in (("policy", place.policy), ("critic", place.critic)):
-            shares = done.of("train", step=step, role=role)
+            shares = trained_as(role, done, step=step)
             trained = Counter(sample for _, item in shares for sample in item.samples)
             assert trained == {sample: case.epochs for sample in range(sizes.samples) if groups}
             assert len({item.number for _, item in shares}) == (case.epochs * sizes.minibatches if groups else 0)
             assert len(done.of("optimizer", step=step, role=role)) == len(shares)
+        assert len(done.of("boundary", step=step)) == len(place.groups)
+        assert len(done.of("proximal", step=step)) == len(place.policy) * case.staleness
     assert all(row.group in item.groups for row, item in done.ran)
 
 
@@ -69,7 +77,7 @@ def test_nothing_begins_before_what_it_needs(case, timing):
             for sample in item.samples
         )
     for row, item in done.of("optimizer"):
-        shares = done.of("train", step=item.step, number=item.number, role=item.role)
+        shares = trained_as(item.role, done, step=item.step, number=item.number)
         assert max(share.end for share, _ in shares) <= row.start
         assert sorted(sample for _, share in shares for sample in share.samples) == sorted(item.samples)
 
@@ -96,7 +104,7 @@ def test_groups_run_one_item_at_a_time_and_meet_in_one_order(case, timing):
 def test_responses_and_values_come_from_version_i_minus_k_and_no_other(case, timing):
     """Counted from what each group trained and was given, not from what the items say."""
     done, place = run(case, timing=timing), case.placement
-    snapshots = place.snapshots(moves=case.early or case.staleness > 0)
+    snapshots = place.snapshots(moves=case.staleness > 0 or (case.early and not place.shares_weights))
 
     def trained_before(group, role, at):
         """Optimizer steps of the role that this group had taken, in whole steps; None within one."""
@@ -163,6 +171,37 @@ def test_packs_minibatches_and_their_order_are_the_same_for_any_timing(case, one
 
 
 @many
+@given(cases(), st.data(), timings)
+def test_a_run_that_goes_on_at_a_boundary_does_what_it_would_have_done(case, data, timing):
+    """What a step leaves for the next are its weights, and with staleness the samples of the next step."""
+    first = data.draw(st.integers(0, case.sizes.num_steps - 1))
+    handed = dict(enumerate(case.lengths(first))) if first and case.staleness else None
+    rest = run(case, timing=timing, first_step=first, handed_over=handed)
+    whole = [(row.group, item) for row, item in run(case).ran]
+    lanes = ("prefill", "decode", "score")
+    expected = {
+        (group, item)
+        for group, item in whole
+        if item.step >= first and not (handed and item.step == first and item.kind in lanes)
+    }
+    assert {(row.group, item) for row, item in rest.ran} == expected
+
+
+@many
+@given(cases(), timings)
+def test_all_that_a_step_needs_is_there_at_its_boundary(case, timing):
+    done = run(case, timing=timing)
+    for step in range(case.sizes.num_steps):
+        met = max(row.end for row, _ in done.of("boundary", step=step))
+        for kind in ("prefill", "decode", "score"):
+            ends = [row.end for row, item in done.ran if item.kind == kind and item.step <= step + case.staleness]
+            assert max(ends) <= met
+        # what is being written beyond them has the weights of the boundary, and is written again by who goes on there
+        begun = [item for row, item in done.ran if row.start < met and item.step > step + case.staleness]
+        assert all(item.version == step + 1 and item.kind in ("prefill", "decode", "score") for item in begun)
+
+
+@many
 @given(cases(staleness=0, early=False), timings)
 def test_every_map_cuts_the_same_packs_and_minibatches_from_the_same_lanes(case, timing):
     def cut(done):
@@ -176,10 +215,11 @@ def test_every_map_cuts_the_same_packs_and_minibatches_from_the_same_lanes(case,
 @many
 @given(cases(), timings)
 def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(case, timing):
-    """Leaders hear of events in one order, each as late as it likes; its own it knows at once."""
+    """Leaders hear of events in an order of their own, each as late as it likes, but none before those it followed."""
     rng, groups = random.Random(timing), case.placement.groups
     leaders = {group: case.schedule() for group in groups}
-    log, heard = [], dict.fromkeys(groups, 0)
+    inboxes = {group: Inbox(group, len(groups)) for group in groups}
+    on_the_way = {group: [] for group in groups}
     responses = Responses(case.prompts, case.lengths)
     busy: dict[int, object] = {}
     ran = set()
@@ -187,11 +227,10 @@ def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(
         if all(leader.finished for leader in leaders.values()):
             break
         group = rng.choice(groups)
-        if rng.random() < 0.5 and heard[group] < len(log):
-            who, item, ended = log[heard[group]]
-            heard[group] += 1
-            if who != group:
-                leaders[group].done(who, item, ended)
+        if rng.random() < 0.5 and on_the_way[group]:
+            letter = on_the_way[group].pop(rng.randrange(len(on_the_way[group])))
+            for heard in inboxes[group].arrive(letter):
+                leaders[group].done(heard.sender, *heard.content)
         elif group not in busy:
             if (item := leaders[group].next(group)) is not None:
                 busy[group] = item
@@ -204,7 +243,10 @@ def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(
                 mine = busy.pop(member)
                 ran.add((member, mine))
                 leaders[member].done(member, mine, ended)
-                log.append((member, mine, ended))
+                letter = inboxes[member].letter((mine, ended))
+                for other in groups:
+                    if other != member:
+                        on_the_way[other].append(letter)
     else:
         pytest.fail("the leaders wait for each other")
     assert ran == {(row.group, item) for row, item in run(case).ran}
@@ -221,7 +263,7 @@ def case_of(placement: RoleMap, **changed) -> Case:
 def test_colocated_runs_one_phase_after_the_other():
     done = run(case_of(colocated(2), slice_steps=4, pack_tokens=20))
     for step in range(2):
-        phases = [done.of(kind, step=step) for kind in ("decode", "score", "advantage", "train")]
+        phases = [done.of(kind, step=step) for kind in ("decode", "score", "train", "boundary")]
         for earlier, later in pairwise(phases):
             assert max(row.end for row, _ in earlier) <= min(row.start for row, _ in later)
 
@@ -237,15 +279,14 @@ def test_early_minibatches_take_responses_in_the_order_in_which_they_end():
     lengths = case.lengths(0)  # all in one prefill: who is shorter ends before
     order = sorted(range(8), key=lambda sample: (lengths[sample], sample))
     done = run(case, timing=None)
-    assert [item.samples for _, item in done.of("train", role="policy")] == [tuple(order[:4]), tuple(order[4:])]
+    assert [item.samples for _, item in done.of("train")] == [tuple(order[:4]), tuple(order[4:])]
     assert min(row.start for row, _ in done.of("train")) < max(row.end for row, _ in done.of("decode"))
 
 
 @pytest.mark.parametrize(
     ("placement", "changed", "message"),
     [
-        (colocated(1), {"staleness": 1}, "staleness 1 with early False needs the split map, got colocated"),
-        (fused(2), {"early": True}, "staleness 0 with early True needs the split map, got fused"),
+        (fused(2), {"staleness": 1}, "staleness 1 needs the split map, got fused: a group that writes"),
         (split(1, 1), {"staleness": 2}, "staleness must be 0 or 1, got 2"),
         (split(3, 1), {}, "lanes must be a multiple of the 3 groups that write, got 2"),
         (split(1, 5), {}, "minibatch must be at least the 5 groups that train the policy, got 4"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -39,6 +40,13 @@ class Trainable(Generic[Model]):
         """Forget gradients: both calls, or those of the plain float32 optimizer double."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
+
+    def sum_gradients(self, mesh: Mesh) -> None:
+        """Add up over ranks what each replica has accumulated: once a step, before it.
+
+        Megatron's reductions without its division: our losses are divided by their count beforehand.
+        """
+        finalize_model_grads([self.ddp], None, pg_collection=mesh.groups)
 
     def step(self, lr: float) -> float:
         """Clip, update with this learning rate, and return the gradient norm over all ranks.
@@ -90,15 +98,21 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
         use_gloo_process_groups=False,
         pg_collection=mesh.groups,
     )
+    # no finalize_model_grads_func: a schedule leaves the gradients on this replica, `sum_gradients` adds them up
     megatron.no_sync_func = ddp.no_sync
-    megatron.finalize_model_grads_func = _finalize
     return Trainable(name, model, ddp, optimizer)
 
 
 def sharded_weights(model: MegatronModule) -> dict[str, Any]:
     """Which piece of each weight this rank holds, as megatron-core's checkpoints describe it."""
     groups: Any = model.pg_collection
-    return model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+    # For the output layer's copy of tied embeddings 0.16 asks the global state for this rank, and nothing else.
+    ask: Any = parallel_state.get_data_parallel_rank
+    parallel_state.get_data_parallel_rank = lambda **_: groups.dp_cp.rank()
+    try:
+        return model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+    finally:
+        parallel_state.get_data_parallel_rank = ask
 
 
 def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str, Any]:
@@ -111,8 +125,3 @@ def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str,
     kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     weights = sharded_weights(trainable.model)
     return trainable.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=kind)
-
-
-def _finalize(model: list[torch.nn.Module], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron's reductions without its division: our losses are divided by their count beforehand."""
-    finalize_model_grads(model, None, **kwargs)

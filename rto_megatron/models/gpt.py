@@ -22,7 +22,7 @@ from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
-from rto_megatron.models.attention import CausalAttention
+from rto_megatron.models.attention import CausalAttention, GroupedAttention
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.models.weights import initialize
 
@@ -182,12 +182,14 @@ class RMSNorm(torch.nn.RMSNorm):
 def _layer_spec(config: ModelConfig, mesh: Mesh) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
     if mesh.runtime.has_transformer_engine:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
+        theirs: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
+        theirs.submodules.self_attention.module = GroupedAttention
+        return theirs
     spec: Any = get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=config.qk_norm
     )  # its annotations say object
     layer, attention = spec.submodules, spec.submodules.self_attention
-    attention.submodules.core_attention = CausalAttention
+    attention.module, attention.submodules.core_attention = GroupedAttention, CausalAttention
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm

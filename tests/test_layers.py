@@ -36,7 +36,20 @@ BESIDE = {"metric_names": "metrics"}
 MEGATRON_LAYERS = {"distributed", "models", "rollout"}
 PURE_SCHEDULE = {
     f"schedule.{name}"
-    for name in ("work", "placement", "lane", "policy", "order", "trace", "simulate", "rooflines", "limits", "fit", "workload")
+    for name in (
+        "work",
+        "placement",
+        "lane",
+        "policy",
+        "order",
+        "trace",
+        "simulate",
+        "rooflines",
+        "limits",
+        "fit",
+        "workload",
+        "pipeline_time",
+    )
 }
 """Decides the schedule, and simulates it: imports no torch, directly or through others of ours."""
 DEVICE_WORDS = {"cuda", "nccl", "gloo", "transformer_engine"}

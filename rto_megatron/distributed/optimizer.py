@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -15,7 +14,6 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
-from torch import Tensor
 
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.distributed.mesh import Mesh

@@ -5,11 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
-from megatron.core.pipeline_parallel.schedules import (
-    forward_backward_no_pipelining,
-    forward_backward_pipelining_without_interleaving,
-)
+from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -17,6 +13,7 @@ from rto_megatron.algorithms.sequences import position_ids
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
+from rto_megatron.distributed.stream import Part, run_stream
 
 
 class Batch(Protocol):
@@ -76,32 +73,62 @@ def cut_rows(batch: Batch, size: int, *, unit: int = 1) -> list[list[int]]:
     return [[unit * i + j for i in group for j in range(unit)] for group in groups]
 
 
-def _width_multiple(model: MegatronModule) -> int:
-    """Sequence parallelism cuts each row over the tensor ranks."""
-    return model.config.tensor_model_parallel_size if model.config.sequence_parallel else 1
+def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, micro_batch_size: int) -> Tensor:
+    """`forward` of all rows by one model: see `score_all`."""
+    return score_all([(model, forward)], batch, mesh, micro_batch_size=micro_batch_size)[0]
 
 
 @torch.no_grad()
-def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, micro_batch_size: int) -> Tensor:
-    """`forward` of all rows, without gradient, on every rank of the replica.
+def score_all(
+    asks: Sequence[tuple[MegatronModule, Forward]], batch: Batch, mesh: Mesh, *, micro_batch_size: int
+) -> list[Tensor]:
+    """What each model says of all rows, without gradient, on every rank of the replica; one pass over the rows.
 
     Returns:
-        [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
+        For each of `asks` [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
     """
     cuts = cut_rows(batch, micro_batch_size)
-    micros = [batch.rows(rows, multiple=_width_multiple(model)) for rows in cuts]
-    was_training = model.training
-    model.eval()
-    outputs = _run(model, micros, forward, None, mesh, forward_only=True)
-    model.train(was_training)
-    shape = (*batch.tokens.shape, *forward.depth)
-    whole = None
+    micros = _micros(batch, cuts, [model for model, _ in asks])
+    parts = [Part(model, micros, _forward_step(forward, None)) for model, forward in asks]
+    order = [(number, micro) for micro in range(len(micros)) for number in range(len(parts))]
+    modes = [model.training for model, _ in asks]
+    for model, _ in asks:
+        model.eval()
+    outputs = run_stream(parts, order, mesh, forward_only=True)
+    for (model, _), mode in zip(asks, modes, strict=True):
+        model.train(mode)
+    shapes = [torch.Size((*batch.tokens.shape, *forward.depth)) for _, forward in asks]
+    sizes, flat = [shape.numel() for shape in shapes], None
     if mesh.is_last_stage:
-        whole = torch.zeros(shape, device=batch.tokens.device)
-        for rows, out in zip(cuts, outputs, strict=True):
-            width = min(out.shape[1], whole.shape[1])
-            whole[rows, :width] = out[:, :width].float()
-    return from_last_stage(whole, mesh, shape=shape, dtype=torch.float32)
+        flat = batch.tokens.new_zeros(sum(sizes), dtype=torch.float32)
+        for whole, shape, answers in zip(flat.split(sizes), shapes, outputs, strict=True):
+            _fill_rows(whole.view(shape), cuts, answers)
+    # all answers at once: a broadcast has every stage wait for the last one
+    shared = from_last_stage(flat, mesh, shape=(sum(sizes),), dtype=torch.float32)
+    return [whole.view(shape) for whole, shape in zip(shared.split(sizes), shapes, strict=True)]
+
+
+def _fill_rows(whole: Tensor, cuts: Sequence[list[int]], answers: Sequence[Tensor]) -> None:
+    """Put the answers of each microbatch into its rows of `whole`."""
+    for rows, out in zip(cuts, answers, strict=True):
+        width = min(out.shape[1], whole.shape[1])
+        whole[rows, :width] = out[:, :width].float()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one model is to learn from, this replica's share of it."""
+
+    trainable: Trainable
+    batch: Batch
+    """This data-parallel rank's rows of the minibatch."""
+    forward: Forward
+    loss: Loss
+    """Parts are summed over microbatches and ranks."""
+    num_sums: int
+    """Length of what `loss` reports."""
+    unit: int = 1
+    """Neighbouring rows that must stay in one microbatch (2 for pairs)."""
 
 
 @dataclass(frozen=True)
@@ -126,60 +153,81 @@ def train_step(
     num_sums: int,
     unit: int = 1,
 ) -> StepResult:
-    """One optimizer step on this replica's rows of the minibatch.
+    """One optimizer step of one model on this replica's rows of the minibatch; arguments as in `Task`."""
+    task = Task(trainable, batch, forward, loss, num_sums, unit)
+    [sums] = accumulate([task], mesh, micro_batch_size=micro_batch_size)
+    return finish(trainable, sums, mesh, lr=lr)
+
+
+def accumulate(tasks: Sequence[Task], mesh: Mesh, *, micro_batch_size: int) -> list[Tensor]:
+    """Forward and backward of all tasks, in one pipeline stream; gradients stay on this replica until `finish`.
+
+    Each model appears once. Its gradients have the same bits as when it is the only task.
+
+    Returns:
+        [num_sums] float64 for each task: the loss's sums over this replica's microbatches, on all of its stages.
+    """
+    parts = []
+    for task in tasks:
+        task.trainable.zero_grad()
+        task.trainable.ddp.train()
+        micros = _micros(task.batch, cut_rows(task.batch, micro_batch_size, unit=task.unit), [task.trainable.model])
+        parts.append(Part(task.trainable.ddp, micros, _forward_step(task.forward, task.loss)))
+    if mesh.pipeline.size == 1:
+        reported = [_without_pipeline(part, mesh) for part in parts]
+    else:
+        order = [(number, micro) for number, part in enumerate(parts) for micro in range(len(part.micros))]
+        reported = run_stream(parts, order, mesh, forward_only=False)
+    sizes, flat = [task.num_sums for task in tasks], None
+    if mesh.is_last_stage:
+        flat = torch.cat([torch.stack(sums).double().sum(0) for sums in reported])
+    return list(from_last_stage(flat, mesh, shape=(sum(sizes),), dtype=torch.float64).split(sizes))
+
+
+def finish(trainable: Trainable, sums: Tensor, mesh: Mesh, *, lr: float) -> StepResult:
+    """The optimizer step that `accumulate` has prepared.
 
     Args:
-        batch: this data-parallel rank's rows.
-        loss: see `Loss`; parts are summed over microbatches and ranks.
+        sums: [k] float64, what `accumulate` returned for this model.
         lr: learning rate of this step.
-        num_sums: length of what `loss` reports.
-        unit: neighbouring rows that must stay in one microbatch (2 for pairs).
     """
-    trainable.zero_grad()
-    trainable.ddp.train()
-    multiple = _width_multiple(trainable.model)
-    micros = [batch.rows(rows, multiple=multiple) for rows in cut_rows(batch, micro_batch_size, unit=unit)]
-    reported = _run(trainable.ddp, micros, forward, loss, mesh, forward_only=False)
-    local = torch.stack(reported).double().sum(0) if mesh.is_last_stage else None
-    sums = from_last_stage(local, mesh, shape=(num_sums,), dtype=torch.float64)
-    return StepResult(sums=sum_in_rank_order(sums, mesh), grad_norm=trainable.step(lr))
+    total = sum_in_rank_order(sums, mesh)
+    trainable.sum_gradients(mesh)
+    return StepResult(sums=total, grad_norm=trainable.step(lr))
 
 
-def _run(
-    model: MegatronModule,
-    micros: Sequence[Batch],
-    forward: Forward,
-    loss: Loss | None,
-    mesh: Mesh,
-    *,
-    forward_only: bool,
-) -> list[Tensor]:
-    """Megatron's schedule over the microbatches; on the last stage a tensor for each, else nothing."""
+def _micros(batch: Batch, cuts: Sequence[list[int]], models: Sequence[MegatronModule]) -> list[Any]:
+    """Each microbatch, as wide as its longest row; sequence parallelism cuts that width over the tensor ranks."""
+    widths = [m.config.tensor_model_parallel_size if m.config.sequence_parallel else 1 for m in models]
+    return [batch.rows(rows, multiple=max(widths)) for rows in cuts]
+
+
+def _forward_step(forward: Forward, loss: Loss | None) -> Callable[..., tuple[Tensor, Callable]]:
+    """What Megatron's schedules call for a microbatch; without a loss they collect the output itself."""
 
     def forward_step(batches: Iterator[Batch], module: MegatronModule) -> tuple[Tensor, Callable]:
         micro = next(batches)
 
-        def finish(output: Tensor, non_loss_data: bool = False) -> Any:
+        def report(output: Tensor, non_loss_data: bool = False) -> Any:
             if loss is None:
                 return output
             value, sums = loss(output, micro)
             # three values and calculate_per_token_loss: Megatron divides by nothing
             return value, torch.zeros((), dtype=torch.int, device=output.device), sums.detach().clone()
 
-        return forward(module, micro), finish
+        return forward(module, micro), report
 
-    arguments: dict[str, Any] = {
-        "forward_step_func": forward_step,
-        "data_iterator": iter(micros),
-        "model": [model],
-        "num_microbatches": len(micros),
-        "seq_length": micros[0].tokens.shape[1],
-        "micro_batch_size": len(micros[0]),
-        "forward_only": forward_only,
-        "collect_non_loss_data": loss is None,
-        "pg_collection": mesh.groups,
-    }
-    if mesh.pipeline.size == 1:
-        return forward_backward_no_pipelining(**arguments)
-    communicator = P2PCommunicator(pp_group=mesh.groups.pp, config=getattr(model, "module", model).config)
-    return forward_backward_pipelining_without_interleaving(**arguments, p2p_communicator=communicator)
+    return forward_step
+
+
+def _without_pipeline(part: Part, mesh: Mesh) -> list[Tensor]:
+    """Megatron's schedule of one model on one stage: what the loss reports for each microbatch."""
+    return forward_backward_no_pipelining(
+        forward_step_func=part.forward_step,
+        data_iterator=iter(part.micros),
+        model=[part.model],
+        num_microbatches=len(part.micros),
+        seq_length=part.micros[0].tokens.shape[1],
+        micro_batch_size=len(part.micros[0]),
+        pg_collection=mesh.groups,
+    )

@@ -12,7 +12,7 @@ from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
-from rto_megatron.distributed.step import Forward, head_outputs, score, token_log_probs
+from rto_megatron.distributed.step import Forward, head_outputs, score_all, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.stages.roles import load_role, tokenizer_of
@@ -100,27 +100,34 @@ def score_rollout(
 ) -> Signals:
     """Ask every role about this replica's rollout; an absent role gives what makes its term 0."""
 
-    def ask(model: PolicyModel | ScalarModel, forward: Forward) -> torch.Tensor:
-        return score(model, rollout, forward, mesh, micro_batch_size=config.compute.score_micro_batch_size)
-
-    policy_log_probs = ask(policy, token_log_probs)[..., 0]
-    ref_log_probs = ask(judges.reference, token_log_probs)[..., 0]
-    dpo_log_probs = ask(judges.dpo, token_log_probs)[..., 0] if judges.dpo else ref_log_probs
-    values = torch.zeros_like(ref_log_probs)
+    asks: dict[str, tuple[PolicyModel | ScalarModel, Forward]] = {
+        "policy": (policy, token_log_probs),
+        "reference": (judges.reference, token_log_probs),
+    }
+    if judges.dpo:
+        asks["dpo"] = judges.dpo, token_log_probs
     if critic is not None:
-        values = state_values(ask(critic, head_outputs)).where(rollout.response_mask, 0.0)
+        asks["critic"] = critic, head_outputs
+    if judges.reward:
+        asks["reward_model"] = judges.reward.model, head_outputs
+    size = config.compute.score_micro_batch_size
+    said = dict(zip(asks, score_all(list(asks.values()), rollout, mesh, micro_batch_size=size), strict=True))
+    ref_log_probs = said["reference"][..., 0]
+    values = torch.zeros_like(ref_log_probs)
+    if "critic" in said:
+        values = state_values(said["critic"]).where(rollout.response_mask, 0.0)
     scores = raw_scores = torch.zeros(len(rollout), device=mesh.device)
     if judges.reward:
-        raw_scores = sequence_scores(ask(judges.reward.model, head_outputs), rollout.num_tokens)
+        raw_scores = sequence_scores(said["reward_model"], rollout.num_tokens)
         scores = normalise_scores(
             raw_scores, mean=judges.reward.mean, std=judges.reward.std, clip=config.rto.score_clip
         )
     return Signals(
         tokens=rollout.tokens,
         num_tokens=rollout.num_tokens,
-        policy_log_probs=policy_log_probs,
+        policy_log_probs=said["policy"][..., 0],
         ref_log_probs=ref_log_probs,
-        dpo_log_probs=dpo_log_probs,
+        dpo_log_probs=said["dpo"][..., 0] if "dpo" in said else ref_log_probs,
         values=values,
         raw_scores=raw_scores,
         scores=scores,

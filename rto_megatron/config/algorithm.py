@@ -103,6 +103,8 @@ class PPOConfig:
     """Weight of the entropy bonus, per nat; 0 turns it off."""
     num_epochs: int = 1
     """Passes over the samples of a step."""
+    importance_cap: float = 2.0
+    """Largest weight of a token by how much likelier it has become since it was sampled; schedule.staleness 1 only."""
     loss_mean: Literal["sequence", "token"] = "sequence"
     """Average over the tokens of each sequence, then over sequences; or over all tokens at once."""
 
@@ -113,6 +115,8 @@ class PPOConfig:
             raise ValueError(
                 f"ppo.value_clip must be positive or null, got {self.value_clip}; use null for no clipping"
             )
+        if self.importance_cap < 1:
+            raise ValueError(f"ppo.importance_cap must be 1 or more, got {self.importance_cap}")
         for name in ("value_coef", "entropy_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")

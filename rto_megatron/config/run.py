@@ -10,6 +10,7 @@ from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.schedule import ScheduleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +154,8 @@ class RTORun:
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The critic's."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Of all roles but those that `schedule` names on ranks of their own."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
@@ -179,6 +182,11 @@ class RTORun:
             raise ValueError("reward_model must name the reward run, got null; or set rto.score_coef to 0")
         if self.rto.dpo_coef == 0 and self.rto.score_coef == 0:
             raise ValueError("rto.dpo_coef and rto.score_coef are both 0: there is nothing to learn; set one of them")
+        if self.schedule.critic_ranks and self.advantage.estimator != "gae":
+            raise ValueError(
+                f"schedule.critic_ranks must be 0 without a critic (advantage.estimator {self.advantage.estimator}), "
+                f"got {self.schedule.critic_ranks}"
+            )
         if self.rollout.temperature == 0:
             raise ValueError(
                 "rollout.temperature must be positive in training, got 0 (greedy samples have no log-probs)"

@@ -18,7 +18,6 @@ from rto_megatron.distributed.replica import share_from_last_stage
 from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.forward import ForwardPass
-from rto_megatron.rollout.kv_cache import KVCache
 from rto_megatron.rollout.sampling import Rows, sample
 
 PREFILL_TOKENS = 8192
@@ -106,23 +105,24 @@ class RolloutEngine:
             self._check(request)
         return self._generate(deque(requests))
 
-    @torch.no_grad()
+    def batch(self, requests: Sequence[Request]) -> "DecodeBatch":
+        """Slots for these requests, up to `max_slots` at a time; none is begun.
+
+        Made for just these requests and given back with the last of them: training needs the memory.
+        """
+        for request in requests:
+            self._check(request)
+        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        num_slots = min(self._max_slots, len(requests))
+        return DecodeBatch(self, num_slots=num_slots, max_length=min(longest, self._max_length))
+
     def _generate(self, waiting: deque[Request]) -> Iterator[Completion]:
         if not waiting:
             return
-        # Made for just these requests and given back with the last of them: training needs the memory.
-        longest = max(len(request.prompt) + request.max_new_tokens for request in waiting)
-        cache = self._forward.allocate(
-            num_slots=min(self._max_slots, len(waiting)), max_length=min(longest, self._max_length)
-        )
-        live: list[_Sequence] = []
-        while waiting or live:
-            if new := self._admit(waiting, len(live)):
-                self._prefill(new, cache, first_slot=len(live))
-                live += new
-            else:
-                self._decode(live, cache)
-            yield from self._retire(live, cache)
+        batch = self.batch(waiting)
+        while waiting or batch.num_live:
+            new = self._admitted(waiting, batch.num_live)
+            yield from batch.admit(new) if new else batch.decode()
 
     def _check(self, request: Request) -> None:
         name, length = f"prompt {request.uid}", len(request.prompt)
@@ -139,7 +139,7 @@ class RolloutEngine:
                 f"got {max(request.prompt)}; does the tokenizer belong to these weights?"
             )
 
-    def _admit(self, waiting: deque[Request], num_live: int) -> list[_Sequence]:
+    def _admitted(self, waiting: deque[Request], num_live: int) -> list[Request]:
         """Take waiting requests into free slots, once a quarter of the slots is free: one prefill for many."""
         free = self._max_slots - num_live
         if not waiting or (num_live and free < min(len(waiting), max(1, self._max_slots // 4))):
@@ -149,30 +149,61 @@ class RolloutEngine:
         while waiting and len(new) < free and num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS:
             num_tokens += len(waiting[0].prompt)
             new.append(waiting.popleft())
-        return [_Sequence(request) for request in sorted(new, key=lambda r: len(r.prompt))]
+        return new
 
-    def _prefill(self, new: list[_Sequence], cache: KVCache, *, first_slot: int) -> None:
+
+class DecodeBatch:
+    """Responses that are written together, in the slots of one cache.
+
+    What a pass computes depends on who is in the batch, and that on what it was given: the same calls give the same
+    bits. Every tensor and pipeline rank of a replica makes the same calls.
+    """
+
+    def __init__(self, engine: RolloutEngine, *, num_slots: int, max_length: int) -> None:
+        """No sequence is live."""
+        self._engine, self._max_length = engine, max_length
+        self._cache = engine._forward.allocate(num_slots=num_slots, max_length=max_length)
+        self._live: list[_Sequence] = []
+
+    @property
+    def num_live(self) -> int:
+        """Responses that have begun and not ended."""
+        return len(self._live)
+
+    @torch.no_grad()
+    def admit(self, requests: Sequence[Request]) -> list[Completion]:
+        """Read their prompts and draw their first tokens; the responses that ended with it."""
+        new = [_Sequence(request) for request in sorted(requests, key=lambda r: len(r.prompt))]
+        self._prefill(new, first_slot=len(self._live))
+        self._live += new
+        return self._retire()
+
+    @torch.no_grad()
+    def decode(self) -> list[Completion]:
+        """Draw a token for each live response; those that ended with it."""
+        self._cache.plan_decode([sequence.num_cached for sequence in self._live])
+        self._step(self._live, [sequence.tokens[-1] for sequence in self._live], slice(None))
+        return self._retire()
+
+    def _prefill(self, new: list[_Sequence], *, first_slot: int) -> None:
         lengths = [len(sequence.request.prompt) for sequence in new]
-        cache.plan_prefill(lengths, first_slot=first_slot)
-        ends = torch.tensor(list(accumulate(lengths)), device=self._device) - 1
-        self._step(new, [token for sequence in new for token in sequence.request.prompt], cache, ends)
+        self._cache.plan_prefill(lengths, first_slot=first_slot)
+        ends = torch.tensor(list(accumulate(lengths)), device=self._engine._device) - 1
+        self._step(new, [token for sequence in new for token in sequence.request.prompt], ends)
 
-    def _decode(self, live: list[_Sequence], cache: KVCache) -> None:
-        cache.plan_decode([sequence.num_cached for sequence in live])
-        self._step(live, [sequence.tokens[-1] for sequence in live], cache, slice(None))
-
-    def _step(self, sequences: list[_Sequence], ids: list[int], cache: KVCache, ends: Tensor | slice) -> None:
+    def _step(self, sequences: list[_Sequence], ids: list[int], ends: Tensor | slice) -> None:
         """One pass over packed rows; each sequence's token is drawn at its row of `ends` and appended to it."""
-        hidden = self._forward.run(torch.tensor(ids, device=self._device), cache)
+        engine = self._engine
+        hidden = engine._forward.run(torch.tensor(ids, device=engine._device), self._cache)
         drawn = None
         if hidden is not None:
-            logits = F.linear(hidden[ends], self._model.output_weight()).float()
+            logits = F.linear(hidden[ends], engine._model.output_weight()).float()
             tokens, log_probs = sample(
-                logits, self._rows(sequences), first_id=self._first_id, banned=self._banned, group=self._tensor
+                logits, self._rows(sequences), first_id=engine._first_id, banned=engine._banned, group=engine._tensor
             )
             drawn = torch.stack((tokens.double(), log_probs.double()))
         drawn = share_from_last_stage(
-            drawn, self._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=self._device
+            drawn, engine._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=engine._device
         )
         for sequence, token, log_prob in zip(sequences, *drawn.tolist(), strict=True):
             sequence.tokens.append(int(token))
@@ -181,33 +212,34 @@ class RolloutEngine:
     def _rows(self, sequences: list[_Sequence]) -> Rows:
         requests = [sequence.request for sequence in sequences]
         return Rows(
-            seeds=torch.tensor([r.seed for r in requests], device=self._device),
-            indices=torch.tensor([len(s.tokens) for s in sequences], device=self._device),
+            seeds=torch.tensor([r.seed for r in requests], device=self._engine._device),
+            indices=torch.tensor([len(s.tokens) for s in sequences], device=self._engine._device),
             temperatures=tuple(r.temperature for r in requests),
             top_k=tuple(r.top_k for r in requests),
             top_p=tuple(r.top_p for r in requests),
         )
 
-    def _retire(self, live: list[_Sequence], cache: KVCache) -> list[Completion]:
-        """Take ended sequences out of `live`, the last live one moving into each hole; in order of their slots."""
+    def _retire(self) -> list[Completion]:
+        """Take ended sequences out, the last live one moving into each hole; in order of their slots."""
+        live = self._live
         ended = [i for i, sequence in enumerate(live) if self._has_ended(sequence)]
         completions = [self._complete(live[i]) for i in ended]
         for hole in reversed(ended):
             last = live.pop()
             if hole < len(live):
-                cache.move(len(live), hole, last.num_cached)
+                self._cache.move(len(live), hole, last.num_cached)
                 live[hole] = last
         return completions
 
     def _has_ended(self, sequence: _Sequence) -> bool:
         request, tokens = sequence.request, sequence.tokens
         full = len(tokens) >= request.max_new_tokens or len(request.prompt) + len(tokens) >= self._max_length
-        return full or tokens[-1] in self._eos_ids
+        return full or tokens[-1] in self._engine._eos_ids
 
     def _complete(self, sequence: _Sequence) -> Completion:
         return Completion(
             uid=sequence.request.uid,
             tokens=sequence.tokens,
             log_probs=sequence.log_probs,
-            truncated=sequence.tokens[-1] not in self._eos_ids,
+            truncated=sequence.tokens[-1] not in self._engine._eos_ids,
         )

@@ -31,7 +31,7 @@ from itertools import chain
 
 from rto_megatron.schedule.lane import Lane, Pack
 from rto_megatron.schedule.placement import RoleMap
-from rto_megatron.schedule.work import Item, Sizes, StepInput
+from rto_megatron.schedule.work import Item, Sizes, StepInput, share
 
 INFINITY = float("inf")
 
@@ -114,6 +114,21 @@ class Schedule:
         else:
             self._program_moves(group, item)
 
+    def describe(self) -> str:
+        """The queues in words, for who asks why nothing moves."""
+        heads = ", ".join(
+            f"group {group} before {head.kind} {head.number} of step {head.step}"
+            if head
+            else f"group {group} at its end"
+            for group, head in self._heads.items()
+        )
+        steps = "; ".join(
+            f"step {number}: {sum(not lane.drained for lane in step.lanes)} lanes writing, {len(step.scored)} scored"
+            for number, step in self._steps.items()
+        )
+        waiting = ", ".join(f"{len(packs)} for group {group}" for group, packs in self._to_score.items() if packs)
+        return f"{heads}; {steps}; packs: {waiting or 'none'}"
+
     # The program: training, and what groups do together.
 
     def _parts(self, group: int) -> Iterator[Iterator[Item]]:
@@ -155,7 +170,8 @@ class Schedule:
             return None
         if head.kind == "train":
             # Each group does a share of its own; they meet again in the optimizer step.
-            return replace(head, groups=(group,), samples=samples[head.groups.index(group) :: len(head.groups)])
+            mine = share(len(samples), head.groups.index(group), len(head.groups))
+            return replace(head, groups=(group,), samples=samples[mine.start : mine.stop])
         return replace(head, groups=(group,) if head.kind == "advantage" else head.groups, samples=samples)
 
     def _members(self, item: Item) -> tuple[int, ...] | None:

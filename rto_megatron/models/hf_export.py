@@ -17,11 +17,11 @@ from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.data.tokenizer_files import eos_ids, write_tokenizer_files
 from rto_megatron.distributed.collectives import bring_to_main, gather_objects
 from rto_megatron.distributed.runtime import is_main, rank
+from rto_megatron.distributed.shards import Shard, shards
 from rto_megatron.models.hf_config import Scoring, config_to_hf
 from rto_megatron.models.hf_tables import SCORE_BIAS, TABLES
 from rto_megatron.models.hf_weights import raise_together
 from rto_megatron.models.safetensors_files import SafetensorsFiles
-from rto_megatron.models.weights import Shard, shards
 
 PART_BYTES = 4 << 30
 """Size of one file of weights."""

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.distributed.collectives import gather_objects
+from rto_megatron.distributed.shards import Shard, shards
 from rto_megatron.errors import CheckpointError
 from rto_megatron.models.hf_config import hf_class, scoring_from_hf
 from rto_megatron.models.hf_tables import SCORE_BIAS, TABLES, Recipe
 from rto_megatron.models.safetensors_files import INDEX
-from rto_megatron.models.weights import Shard, shards
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 """What safetensors calls the dtypes of plain weights; others belong to quantized ones."""

@@ -17,9 +17,9 @@ from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.distributed.collectives import barrier, broadcast_object, gather_objects
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main, start_runtime, stop_runtime, world_size
+from rto_megatron.distributed.shards import Shard
 from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
-from rto_megatron.models.weights import Shard
 from rto_megatron.parity import one_process
 from rto_megatron.parity.certificate import COLUMNS, Certificate
 from rto_megatron.parity.leg import Leg, read_weight, walk

@@ -14,7 +14,7 @@ from rto_megatron.config.run import RTORun
 from rto_megatron.data.sampler import shard
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.rows import gather_rows
-from rto_megatron.models.weights import Shard, optimizer_shards, shards
+from rto_megatron.distributed.shards import Shard, optimizer_shards, shards
 from rto_megatron.stages.rto import Setup, Step, judge, learn, roll_out
 from rto_megatron.stages.run import Clock
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rto_megatron.batch import Rollout, pad_columns
 from rto_megatron.distributed.collectives import gather_objects
-from rto_megatron.models.weights import Shard
+from rto_megatron.distributed.shards import Shard
 
 LINES = {
     "start/policy_weights": ("same", "policy before the step, as each rank loaded its pieces"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rto_megatron.batch import Rollout
-from rto_megatron.models.weights import Shard
+from rto_megatron.distributed.shards import Shard
 from rto_megatron.parity.lines import (
     NOTHING,
     Difference,

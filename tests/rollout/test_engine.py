@@ -9,10 +9,10 @@ from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import start_runtime
+from rto_megatron.distributed.shards import shards
 from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import build_model
 from rto_megatron.models.hf_weights import load_hf
-from rto_megatron.models.weights import shards
 from rto_megatron.rollout.engine import Request, RolloutEngine
 from tests.ranks import run_ranks
 

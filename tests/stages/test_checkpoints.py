@@ -22,7 +22,7 @@ def load(path, kind, words):
     from rto_megatron.distributed.collectives import gather_objects
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime
-    from rto_megatron.models.weights import shards
+    from rto_megatron.distributed.shards import shards
     from rto_megatron.stages.roles import load_role
 
     parallel = ParallelConfig(**words)

@@ -29,7 +29,7 @@ def one_step(folder: Any, words: list[str]) -> dict[str, Any]:
 
     runtime = start_runtime(threads=1)
     from rto_megatron.distributed.collectives import gather_objects
-    from rto_megatron.models.weights import shards
+    from rto_megatron.distributed.shards import shards
     from rto_megatron.stages.rto import prepare, take_step
     from rto_megatron.stages.run import Clock
 

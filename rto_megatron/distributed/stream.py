@@ -103,7 +103,7 @@ def run_stream(
     *before, after = exchanges(plan, stage, num_stages)
     reported: list[list[Tensor]] = [[] for _ in parts]
     kept: dict[int, tuple[Tensor | None, Tensor]] = {}
-    result: Tensor | None = None
+    result: Any = None  # a tensor or None; Megatron's functions also know lists
     for instruction, exchange in zip(plan, before, strict=True):
         arrived = _exchange(exchange, result, parts, order, mesh)
         number, micro = order[instruction.place]
@@ -126,6 +126,7 @@ def _forward(
     """Hidden states of this stage, or, on the last one, the loss or the output."""
     if arrived is not None and not forward_only:
         arrived.requires_grad_()  # the stage before asks for the gradient
+    output: Any
     output, _ = forward_step(
         part.forward_step,
         iter(part.micros[micro : micro + 1]),

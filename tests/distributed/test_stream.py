@@ -69,7 +69,7 @@ def test_a_result_goes_out_together_with_the_next_input():
 def test_every_microbatch_goes_forward_and_backward_once_and_few_are_in_flight(num, num_stages):
     for stage in range(num_stages):
         plan, in_flight = one_f_one_b(num, stage, num_stages), set()
-        assert sorted(plan) == sorted(Instruction(kind, place) for kind in "FB" for place in range(num))
+        assert sorted(plan) == sorted((kind, place) for kind in "FB" for place in range(num))
         for kind, place in plan:
             in_flight ^= {place}
             assert (place in in_flight) == (kind == "F")  # forward first
@@ -219,8 +219,10 @@ def both_ways(parallel, distributed):
     ]
     found = {}
     asks = [(task.trainable.model, task.forward) for task in tasks]
+    asks[1][0].eval()
     found["scores"] = score_all(asks, batch_of(mesh), mesh, micro_batch_size=MICRO)
-    found["separate scores"] = [score(*ask[:1], batch_of(mesh), ask[1], mesh, micro_batch_size=MICRO) for ask in asks]
+    found["separate scores"] = [score(model, batch_of(mesh), ask, mesh, micro_batch_size=MICRO) for model, ask in asks]
+    found["training"] = [model.training for model, _ in asks]
     sums = accumulate(tasks, mesh, micro_batch_size=MICRO)
     found["gradients"] = {k: x for task in tasks for k, x in weights_of(task.trainable, "main_grad").items()}
     results = [finish(task.trainable, own, mesh, lr=LR) for task, own in zip(tasks, sums, strict=True)]
@@ -240,7 +242,6 @@ def both_ways(parallel, distributed):
         theirs["sums"].append(sums)
         theirs["norms"].append(norm)
         theirs["weights"] |= weights_of(trainable, "data")
-    found["training"] = [task.trainable.model.training for task in tasks]
     return found, theirs, mesh.is_last_stage, cut_rows(batch_of(mesh), MICRO)
 
 
@@ -269,7 +270,6 @@ def test_a_step_gives_the_weights_and_norms_of_megatrons_schedule_and_reductions
     for ours, theirs, *_ in ranks:
         assert_same_bits(ours["weights"], theirs["weights"])
         assert ours["norms"] == theirs["norms"]
-        assert all((ours["weights"][name] - x).abs().max() == 0 for name, x in theirs["weights"].items())
 
 
 def test_every_stage_knows_the_sums_of_its_replica(ranks):
@@ -301,26 +301,22 @@ def test_every_stage_has_the_scores_of_its_replica(ranks):
         assert any(all(map(torch.equal, ours["scores"], other["scores"])) for other, _, last, _ in ranks if last)
 
 
-def test_models_are_left_as_they_were(ranks):
-    assert all(ours["training"] == [True, True] for ours, *_ in ranks)
+def test_scoring_leaves_the_mode_of_a_model_as_it_was(ranks):
+    assert all(ours["training"] == [True, False] for ours, *_ in ranks)
 
 
 def train_step_and_its_halves():
-    mesh, parallel = (
-        build_mesh(ParallelConfig(pipeline=2), start_runtime(threads=1), seed=0),
-        ParallelConfig(pipeline=2),
-    )
-    found = []
+    parallel = ParallelConfig(pipeline=2)
+    mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
+    batch, (forward, loss), found = batch_of(mesh), FORWARDS["policy"], []
     for whole in (True, False):
         model = build_model(POLICY, mesh, kind="policy", parallel=parallel, compute=ComputeConfig(), seed=3)
-        trainable, batch = make_trainable("policy", model, OptimizerConfig(), mesh), batch_of(mesh)
+        trainable = make_trainable("policy", model, OptimizerConfig(), mesh)
         for _ in range(2):
             if whole:
-                result = train_step(
-                    trainable, batch, *FORWARDS["policy"], mesh, micro_batch_size=MICRO, lr=LR, num_sums=2
-                )
+                result = train_step(trainable, batch, forward, loss, mesh, micro_batch_size=MICRO, lr=LR, num_sums=2)
             else:
-                [sums] = accumulate([Task(trainable, batch, *FORWARDS["policy"], 2)], mesh, micro_batch_size=MICRO)
+                [sums] = accumulate([Task(trainable, batch, forward, loss, 2)], mesh, micro_batch_size=MICRO)
                 result = finish(trainable, sums, mesh, lr=LR)
         found.append((result.sums, result.grad_norm, weights_of(trainable, "data")))
     return found

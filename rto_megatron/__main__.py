@@ -28,6 +28,7 @@ COMMANDS = {
     "doctor": "doctor.command",
     "parity": "parity.command",
     "plan": "planner.plan",
+    "report": "report.command",
     "simulate": "planner.simulate",
     "verify-resume": "stages.verify_resume",
 }

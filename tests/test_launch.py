@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 
+import psutil
 import pytest
 
 
@@ -97,3 +98,22 @@ def test_ranks_that_do_not_listen_yet_are_to_be_started_again(tmp_path):
     os.kill(process.pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors
+
+
+@pytest.mark.slow
+def test_a_rank_that_was_stopped_does_not_outlive_the_others(tmp_path):
+    script = f"""
+        import os, pathlib, signal, time
+        pid = pathlib.Path({str(tmp_path)!r}) / "pid"
+        if os.environ["RANK"] == "0":
+            pid.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        while not pid.exists() or psutil.Process(int(pid.read_text())).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.05)
+        raise SystemExit(1)
+    """
+    process = launch(tmp_path, "import psutil\n" + textwrap.dedent(script))
+    _, errors = process.communicate(timeout=100)  # torchrun gives it 30 seconds to hear a SIGTERM
+    assert process.returncode == 1
+    assert "rank 0 ended with signal SIGKILL" in errors
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import psutil
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from rto_megatron.errors import StoppedToContinue, UserError
 
@@ -186,7 +186,7 @@ class Watchdog:
         *,
         rank: int,
         world: int,
-        store: dist.Store | None = None,
+        store: Store | None = None,
         floor_seconds: float = 60.0,
         beat_seconds: float = 1.0,
         dead_seconds: float = 20.0,
@@ -202,10 +202,10 @@ class Watchdog:
         self._last: tuple[str, ...] = ()
         self._error, self._ended, self._told, self._wake = "", False, False, threading.Event()
         self._looked = time.monotonic()
-        self._store = None
+        self._store: Store | None = None
         if world > 1:
-            store = store or distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(f"watchdog{next(_numbers)}", store).clone()
+            shared = PrefixStore(f"watchdog{next(_numbers)}", store or _get_default_store())
+            self._store = shared.clone()  # type: ignore[reportAttributeAccessIssue]  # torch 2.8 and later
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -217,7 +217,8 @@ class Watchdog:
         Args:
             phase: what kind of work, such as generate.
             item: which, for a reader; the same words on all of `with_ranks`.
-            seconds: predicted; it is stuck after 5 times that, or after the floor. None: it waits for others.
+            seconds: predicted; it is stuck after 5 times that, or after the floor. None: it waits for others, and if
+                all ranks do so for longer than the floor, it is a deadlock.
             with_ranks: ranks that do it together. Its time runs once the last of them has entered.
             queues: what is ready and what is missing, for the report.
         """
@@ -226,7 +227,7 @@ class Watchdog:
         self._item = _Item(phase, item, deadline, tuple(with_ranks), queues)
 
     def leave(self) -> None:
-        """The item is done. Work outside any item counts as waiting: if all ranks do it for long, it is a deadlock."""
+        """The item is done. Work outside any item counts as waiting for others, as an item without seconds does."""
         done = self._item
         if done.phase not in ("start", BETWEEN):
             words = f"{done.phase} {done.item} {time.monotonic() - done.since:.2f} s"
@@ -279,7 +280,7 @@ class Watchdog:
                 self._wake.clear()
             self._look()
             self._say_goodbye()
-        except dist.DistError as error:
+        except DistError as error:
             if not self._ended:
                 known = f"\n{table(self._seen, ())}" if self._is_monitor else ""
                 self._tell(f"the store of the ranks is gone, with its process: {_in_a_line(error)}{known}")
@@ -333,7 +334,7 @@ class Watchdog:
             error_seconds=me.error_seconds + passed if me.error else 0.0,
         )
 
-    def _read(self, store: dist.Store, passed: float) -> list[Status]:
+    def _read(self, store: Store, passed: float) -> list[Status]:
         # before reading: who ends well has published it before its process is gone
         gone = {one.rank for one in self._seen if one.place == self._me.place and _process(one) is None}
         present = [one.rank for one in self._seen if one.beat or store.check([f"status{one.rank}"])]

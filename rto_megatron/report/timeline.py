@@ -19,11 +19,11 @@ COLOURS: dict[Kind, str] = {
     "proximal": "#f0e442",
     "advantage": "#cc79a7",
     "train": "#d55e00",
-    "optimizer": "#882255",
-    "refit": "#8a6fd1",
-    "boundary": "#8a8a8a",
+    "optimizer": "#6b1a3d",
+    "refit": "#5b3fbf",
+    "boundary": "#636363",
 }
-"""Okabe and Ito's palette, which colour-blind readers can tell apart, and three of Tol's beside it."""
+"""Okabe and Ito's palette and three colours beside it; colour-blind readers can tell them apart, which is tested."""
 CRITIC_TRAINS = "#e69f00"
 HATCHED = ("critic", "scorer")
 """Roles whose items have stripes: the same kind of work, on the other model."""

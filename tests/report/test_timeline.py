@@ -3,11 +3,25 @@
 import json
 import re
 from html.parser import HTMLParser
+from itertools import combinations
 
+import numpy as np
 import pytest
 
 from rto_megatron.report.rows import read_run
-from rto_megatron.report.timeline import COLOURS, Panel, busy, columns, headline, page, seconds, shown, styles_of, tiles
+from rto_megatron.report.timeline import (
+    COLOURS,
+    CRITIC_TRAINS,
+    Panel,
+    busy,
+    columns,
+    headline,
+    page,
+    seconds,
+    shown,
+    styles_of,
+    tiles,
+)
 from rto_megatron.schedule.trace import Row
 from rto_megatron.schedule.work import KINDS
 from tests.report.traces import row, two_ranks
@@ -150,6 +164,32 @@ def test_the_table_has_a_line_a_rank(panel):
 def test_every_kind_has_a_colour_of_its_own_and_text_that_can_be_read_on_it():
     assert set(COLOURS) == set(KINDS) and len(set(COLOURS.values())) == len(KINDS)
     assert (shown(("decode", ""))["ink"], shown(("proximal", ""))["ink"]) == ("#fff", "#000")
+
+
+def lab(linear):
+    """Linear RGB in CIE Lab, where a distance of 2.3 can just be seen."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(linear, 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        pytest.param([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]], id="without-red"),
+        pytest.param([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]], id="without-green"),
+        pytest.param([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]], id="without-blue"),
+    ],
+)
+def test_colour_blind_readers_can_tell_the_kinds_apart(seen):
+    # Machado, Oliveira, Fernandes 2009, severity 1: linear RGB as somebody without one sort of cones sees it.
+    def channels(colour):
+        return (np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255) ** 2.2
+
+    looks = {name: lab(seen @ channels(colour)) for name, colour in (COLOURS | {"critic": CRITIC_TRAINS}).items()}
+    nearest = min(combinations(looks, 2), key=lambda pair: np.linalg.norm(looks[pair[0]] - looks[pair[1]]))
+    assert np.linalg.norm(looks[nearest[0]] - looks[nearest[1]]) > 14, f"{nearest} look alike; change one of the two"
 
 
 def test_training_the_critic_looks_unlike_training_the_policy():

@@ -168,20 +168,21 @@ def _step_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: must be a run folder, but {root / TRACKER} cannot be read ({error})") from None
 
 
-def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> None:
-    """Fill a model from a checkpoint written in any layout; hashes are checked first.
+def load_weights(model: MegatronModule | None, checkpoint: Checkpoint, role: str) -> None:
+    """Fill a model from a checkpoint written in any layout; hashes are checked first. All ranks of the world call.
 
     A value model takes its backbone from a policy and then keeps its fresh head; a policy leaves a
     value model's head behind.
 
     Args:
+        model: None on ranks that hold no part of it.
         role: the folder to read; one of the manifest's.
 
     Raises:
         CheckpointError: a file is missing or changed, or the weights do not fit the model.
     """
     verify(checkpoint, role)
-    folder, state = str(checkpoint.folder / role), weights_of(model)
+    folder, state = str(checkpoint.folder / role), weights_of(model) if model is not None else {}
     stored = set(dist_checkpointing.load_tensors_metadata(folder))
     if "value_head.weight" not in stored:
         state = {name: value for name, value in state.items() if not value.key.startswith("value_head.")}
@@ -193,7 +194,8 @@ def load_weights(model: MegatronModule, checkpoint: Checkpoint, role: str) -> No
         loaded: Any = dist_checkpointing.load(state, folder)
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this model ({error})") from None
-    model.load_state_dict(loaded, strict=False)
+    if model is not None:
+        model.load_state_dict(loaded, strict=False)
 
 
 def weights_of(model: MegatronModule) -> dict[str, Any]:
@@ -201,8 +203,11 @@ def weights_of(model: MegatronModule) -> dict[str, Any]:
     return {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
 
 
-def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> None:
-    """Take up the optimizer state of a role, written in any layout; hashes are checked first.
+def load_optimizer(trainable: Trainable | None, checkpoint: Checkpoint, role: str) -> None:
+    """Take up the optimizer state of a role, written in any layout; hashes are checked first. All ranks call.
+
+    Args:
+        trainable: None on ranks that hold no part of it.
 
     Raises:
         CheckpointError: the checkpoint lacks it, it is damaged, or it is of another kind of optimizer or model.
@@ -214,10 +219,11 @@ def load_optimizer(trainable: Trainable, checkpoint: Checkpoint, role: str) -> N
         )
     verify(checkpoint, f"{role}_optimizer")
     folder = str(checkpoint.folder / f"{role}_optimizer")
-    state = optimizer_state(trainable, loading=True)
+    state = {"optimizer": optimizer_state(trainable, loading=True)} if trainable is not None else {}
     try:
-        loaded: Any = dist_checkpointing.load({"optimizer": state}, folder, strict="raise_all")
-        trainable.optimizer.load_state_dict(loaded["optimizer"])
+        loaded: Any = dist_checkpointing.load(state, folder, strict="raise_all")
+        if trainable is not None:
+            trainable.optimizer.load_state_dict(loaded["optimizer"])
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this optimizer ({error})") from None
 

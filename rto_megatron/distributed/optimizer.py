@@ -1,9 +1,13 @@
 """A model made trainable: Megatron's DDP and optimizer around it, and a step that refuses NaN."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -14,6 +18,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.transformer.module import MegatronModule
+from torch.distributed import all_gather_object
 
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.distributed.mesh import Mesh
@@ -79,23 +84,21 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
         model,
         pg_collection=mesh.groups,
     )
-    optimizer = get_megatron_optimizer(
-        MegatronOptimizerConfig(
-            optimizer="adam",
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            adam_beta1=config.beta1,
-            adam_beta2=config.beta2,
-            adam_eps=config.eps,
-            clip_grad=config.clip_grad,
-            use_distributed_optimizer=config.distributed,
-            bf16=megatron.bf16,
-            params_dtype=megatron.params_dtype,
-        ),
-        [ddp],
-        use_gloo_process_groups=False,
-        pg_collection=mesh.groups,
+    settings = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.clip_grad,
+        use_distributed_optimizer=config.distributed,
+        bf16=megatron.bf16,
+        params_dtype=megatron.params_dtype,
     )
+    # 0.16 asks the whole world which parameter groups there are; the rest of it may be building another role, or none
+    with _replaced(dist, "all_gather_object", partial(_gather_in_mesh, mesh)):
+        optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False, pg_collection=mesh.groups)
     # no finalize_model_grads_func: a schedule leaves the gradients on this replica, `sum_gradients` adds them up
     megatron.no_sync_func = ddp.no_sync
     return Trainable(name, model, ddp, optimizer)
@@ -104,13 +107,9 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
 def sharded_weights(model: MegatronModule) -> dict[str, Any]:
     """Which piece of each weight this rank holds, as megatron-core's checkpoints describe it."""
     groups: Any = model.pg_collection
-    # For the output layer's copy of tied embeddings 0.16 asks the global state for this rank, and nothing else.
-    ask: Any = parallel_state.get_data_parallel_rank
-    parallel_state.get_data_parallel_rank = lambda **_: groups.dp_cp.rank()
-    try:
+    # for the output layer's copy of tied embeddings 0.16 asks the global state for this rank, and for nothing else
+    with _replaced(parallel_state, "get_data_parallel_rank", lambda **_: groups.dp_cp.rank()):
         return model.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-    finally:
-        parallel_state.get_data_parallel_rank = ask
 
 
 def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str, Any]:
@@ -123,3 +122,23 @@ def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str,
     kind = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     weights = sharded_weights(trainable.model)
     return trainable.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=kind)
+
+
+def _gather_in_mesh(mesh: Mesh, found: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:
+    """`all_gather_object` over the ranks of the mesh, where Megatron means the world."""
+    assert group is None
+    everyone = mesh.groups.intra_dist_opt
+    within: list[Any] = [None] * everyone.size()
+    all_gather_object(within, mine, group=everyone)
+    found[:] = within + [[]] * (len(found) - len(within))
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, a name of Megatron or torch means another function."""
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

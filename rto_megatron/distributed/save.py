@@ -26,6 +26,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.utils import extract_sharded_base
 from megatron.core.transformer.module import MegatronModule
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -102,16 +103,16 @@ class Saver:
     def start(
         self,
         manifest: Manifest,
-        models: Mapping[str, MegatronModule],
-        trained: Mapping[str, Trainable],
+        models: Mapping[str, MegatronModule | None],
+        trained: Mapping[str, Trainable | None],
         *,
         is_best: bool = False,
     ) -> None:
         """Take a snapshot and write it, in the background if the config says so; one under way is waited for.
 
         Args:
-            models: role -> model whose weights are saved.
-            trained: role -> what holds the optimizer state to save.
+            models: role -> model whose weights are saved; the same roles on all ranks, None where a rank has no part.
+            trained: role -> what holds the optimizer state to save; likewise.
             is_best: none before it did as well: it stays until a better one comes.
         """
         self.wait()
@@ -122,10 +123,11 @@ class Saver:
             if is_main():
                 self._write_small_files(draft, manifest, [*models, *(f"{role}_optimizer" for role in trained)])
         with _all_or_none(draft):
-            requests = [_plan(weights_of(model), draft / role) for role, model in models.items()]
+            requests = [
+                _plan(weights_of(model) if model is not None else {}, draft / role) for role, model in models.items()
+            ]
             requests += [
-                _plan({"optimizer": optimizer_state(trainable)}, draft / f"{role}_optimizer")
-                for role, trainable in trained.items()
+                _plan(_shared_state(trainable), draft / f"{role}_optimizer") for role, trainable in trained.items()
             ]
             writer = multiprocessing.get_context("fork").Process(
                 target=_write, args=(requests, [_on_host(request) for request in requests], draft, rank(), os.getpid())
@@ -204,6 +206,19 @@ def save_checkpoint(
     saver.start(manifest, models, {})
     assert saver.last is not None  # not in the background
     return saver.last.folder
+
+
+def _shared_state(trainable: Trainable | None) -> dict[str, Any]:
+    """The optimizer's state; on ranks that have none of it what its ranks have in common.
+
+    Megatron writes what is not cut into shards, as the step count, from rank 0, which may have no part of the role.
+    """
+    state = {"optimizer": optimizer_state(trainable)} if trainable is not None else {}
+    has = gather_objects(trainable is not None)
+    if not all(has):
+        common = broadcast_object(extract_sharded_base(state)[1], src=has.index(True))
+        state = state or common
+    return state
 
 
 def _plan(state: dict[str, Any], folder: Path) -> Any:

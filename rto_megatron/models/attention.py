@@ -22,7 +22,8 @@ class GroupedAttention(SelfAttention):
         assert num_groups is not None  # Megatron's config fills it in
         if num_groups >= group.size():
             return super().get_query_key_value_tensors(hidden_states, *rest, **options)
-        mixed, _ = self.linear_qkv(hidden_states)
+        project: Any = self.linear_qkv  # its annotations say that it cannot be called
+        mixed, _ = project(hidden_states)
         mixed = all_gather_last_dim_from_tensor_parallel_region(mixed, group=group)
         my_group, my_part = divmod(group.rank(), group.size() // num_groups)
         dim, num_queries = self.hidden_size_per_attention_head, self.config.num_attention_heads // group.size()

@@ -80,7 +80,7 @@ class Checkpoints:
     def __init__(
         self,
         config: TrainingRun,
-        trained: Mapping[str, Trainable],
+        trained: Mapping[str, Trainable | None],
         make_manifest: Callable[[], Manifest],
         tokenizer: Tokenizer,
         num_steps: int,
@@ -90,7 +90,7 @@ class Checkpoints:
         """Begin.
 
         Args:
-            trained: role -> model and optimizer.
+            trained: role -> model and optimizer; the same roles on all ranks, None where a rank has no part.
             make_manifest: what a checkpoint says of itself; step, config, optimizers and progress are filled in.
             num_steps: of the whole run; the last one is saved in any case.
             higher_is_better: of the held-out number by which the best checkpoint is kept.
@@ -115,10 +115,10 @@ class Checkpoints:
         if missing := sorted(progress.numbers().keys() - own.manifest.progress.keys()):
             raise CheckpointError(f"{own.folder}/checkpoint.json: lacks progress.{missing[0]}; train again")
         for role, trainable in self.trained.items():
-            load_weights(trainable.model, own, role)
+            load_weights(trainable.model if trainable else None, own, role)
             if self.config.checkpoint.resume == "all":
                 load_optimizer(trainable, own, role)
-            else:
+            elif trainable:
                 trainable.optimizer.reload_model_params()
         self._first_step = own.manifest.step
         return Progress(step=own.manifest.step, **own.manifest.progress)
@@ -169,7 +169,7 @@ class Checkpoints:
             optimizers=tuple(trained),
             progress=progress.numbers(),
         )
-        models = {role: trainable.model for role, trainable in self.trained.items()}
+        models = {role: trainable.model if trainable else None for role, trainable in self.trained.items()}
         self._saver.start(manifest, models, trained, is_best=is_best)
 
     def _report(self) -> dict[str, float]:

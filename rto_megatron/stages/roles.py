@@ -16,7 +16,7 @@ from rto_megatron.stages.rules import check_kind
 def load_role(
     path: Path,
     kind: Kind,
-    mesh: Mesh,
+    mesh: Mesh | None,
     *,
     parallel: ParallelConfig,
     compute: ComputeConfig,
@@ -27,7 +27,7 @@ def load_role(
     """A model with the weights of a run, and the checkpoint it came from.
 
     A value model takes the run's reward model or critic; where there is none, its policy under a fresh head
-    (from `seed`). A frozen role has no gradients.
+    (from `seed`). A frozen role has no gradients. All ranks of the world call; where `mesh` is None the model is too.
 
     Raises:
         CheckpointError: as `open_checkpoint` and `load_weights`; or a policy is wanted of a run that has none.
@@ -36,6 +36,9 @@ def load_role(
     check_kind(checkpoint, kind)
     role = checkpoint.manifest.role_for(kind)
     architecture = checkpoint.manifest.models[role]
+    if mesh is None:
+        load_weights(None, checkpoint, role)
+        return None, checkpoint
     model = build_model(
         architecture,
         mesh,

@@ -1,0 +1,105 @@
+"""Checkpoints of roles that live on ranks of their own: any placement reads what another has written."""
+
+import pytest
+import torch
+
+from rto_megatron.config.checkpoint import CheckpointConfig
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.distributed.checkpoint import Manifest, load_optimizer, load_weights, open_checkpoint
+from rto_megatron.distributed.collectives import gather_objects
+from rto_megatron.distributed.mesh import role_mesh
+from rto_megatron.distributed.optimizer import make_trainable
+from rto_megatron.distributed.runtime import start_runtime
+from rto_megatron.distributed.save import Saver
+from rto_megatron.distributed.shards import optimizer_shards, shards
+from rto_megatron.models.gpt import build_model
+from tests.ranks import run_ranks
+
+SHAPE = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=24, vocab_size=60, init_std=0.2)
+KINDS = {"policy": "policy", "critic": "value"}
+
+APART = {"policy": ({"tensor": 2}, (0, 2)), "critic": ({}, (2, 3))}
+SWAPPED = {"policy": ({"pipeline": 2}, (1, 3)), "critic": ({}, (0, 1))}
+ON_ONE = {"policy": ({}, (0, 1)), "critic": ({}, (0, 1))}
+ON_THE_LAST = {"policy": ({}, (2, 3)), "critic": ({}, (2, 3))}
+
+
+def place(places, distributed):
+    """Role -> what trains it, None where this rank has no part."""
+    trained = {}
+    for role, (layout, ranks) in places.items():
+        parallel = ParallelConfig(**layout)
+        mesh = role_mesh(parallel, start_runtime(threads=1), ranks=range(*ranks))
+        trained[role] = None
+        if mesh is not None:
+            model = build_model(SHAPE, mesh, kind=KINDS[role], parallel=parallel, compute=ComputeConfig(), seed=1)
+            trained[role] = make_trainable(role, model, OptimizerConfig(distributed=distributed), mesh)
+    return trained
+
+
+def step(trainable):
+    """A step with made-up gradients, the same in every layout."""
+    trainable.zero_grad()
+    for parameter in trainable.model.parameters():
+        parameter.main_grad.copy_(parameter.detach() * 0.5)
+    trainable.step(1e-2)
+
+
+def everything(trainable):
+    """(kind, name) -> full tensor of weights and moments, and the step count; on all ranks."""
+    mine = []
+    if trainable is not None:
+        kinds = {"weight": list(shards(trainable.model)), **optimizer_shards(trainable)}
+        mine = [((k, s.name), s.full_shape, s.slices, s.data.clone()) for k, found in kinds.items() for s in found]
+        mine.append((("step",), (1,), (slice(0, 1),), torch.tensor([trainable.optimizer.param_groups[0]["step"]])))
+    full = {}
+    for name, shape, where, data in (piece for pieces in gather_objects(mine) for piece in pieces):
+        full.setdefault(name, torch.full(shape, torch.nan))[where] = data.float()
+    return full
+
+
+def save(places, run_dir, distributed=True):
+    """Two steps and a checkpoint."""
+    trained = place(places, distributed)
+    for trainable in trained.values():
+        if trainable is not None:
+            step(trainable)
+            step(trainable)
+    return write(trained, run_dir)
+
+
+def move(places, run_dir, new_run_dir, distributed=True):
+    """Take up what another placement wrote, and write it again."""
+    trained, checkpoint = place(places, distributed), open_checkpoint(run_dir)
+    for role, trainable in trained.items():
+        load_weights(trainable.model if trainable else None, checkpoint, role)
+        load_optimizer(trainable, checkpoint, role)
+    return write(trained, new_run_dir)
+
+
+def write(trained, run_dir):
+    manifest = Manifest(stage="rto", step=2, models=dict.fromkeys(trained, SHAPE), tokenizer="", optimizers=(*trained,))
+    saver = Saver(run_dir, CheckpointConfig(), lambda folder: folder.mkdir())
+    saver.start(manifest, {role: trainable and trainable.model for role, trainable in trained.items()}, trained)
+    saver.wait()
+    return {role: everything(trainable) for role, trainable in trained.items()}
+
+
+def assert_same(found, want):
+    assert found.keys() == want.keys()
+    for role in want:
+        assert found[role].keys() == want[role].keys()
+        wrong = [name for name, tensor in want[role].items() if not torch.equal(found[role][name], tensor)]
+        assert not wrong, (role, wrong)
+
+
+@pytest.mark.parametrize("distributed", [True, False], ids=["distributed optimizer", "plain optimizer"])
+def test_a_run_goes_from_placement_to_placement_and_back_with_every_bit(tmp_path, distributed):
+    want = run_ranks(save, 3, APART, tmp_path / "0", distributed)[0]
+    assert want["critic"]["step",] == 2 and want["policy"]["exp_avg", "embedding.word_embeddings.weight"].any()
+    hops = [(1, ON_ONE), (3, APART), (3, SWAPPED), (3, ON_THE_LAST)]
+    for i, (world, places) in enumerate(hops):
+        for found in run_ranks(move, world, places, tmp_path / f"{i}", tmp_path / f"{i + 1}", distributed):
+            assert_same(found, want)

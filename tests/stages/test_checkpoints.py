@@ -16,20 +16,21 @@ def open_it(path):
     return open_checkpoint(path)
 
 
-def load(path, kind, words):
-    """All weights of a run as full tensors, loaded on this layout."""
+def load(path, kind, words, first=0):
+    """All weights of a run as full tensors, loaded on this layout from rank `first` on."""
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
     from rto_megatron.distributed.collectives import gather_objects
-    from rto_megatron.distributed.mesh import build_mesh
-    from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.distributed.mesh import role_mesh
+    from rto_megatron.distributed.runtime import start_runtime, world_size
     from rto_megatron.distributed.shards import shards
     from rto_megatron.stages.roles import load_role
 
     parallel = ParallelConfig(**words)
-    mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
+    mesh = role_mesh(parallel, start_runtime(threads=1), ranks=range(first, world_size()))
     model, _ = load_role(path, kind, mesh, parallel=parallel, compute=ComputeConfig(), frozen=True, seed=5)
-    full = {}
-    mine = [(s.name, s.full_shape, s.offset, s.data.clone()) for s in shards(model) if s.is_main]
+    assert (model is None) == (mesh is None)
+    full, held = {}, () if model is None else shards(model)
+    mine = [(s.name, s.full_shape, s.offset, s.data.clone()) for s in held if s.is_main]
     for name, shape, offset, data in (piece for pieces in gather_objects(mine) for piece in pieces):
         tensor = full.setdefault(name, torch.full(shape, torch.nan))
         tensor[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))] = data
@@ -44,6 +45,13 @@ def test_any_layout_loads_the_same_weights(kind, chain):
         for loaded in run_ranks(load, 2, run, kind, words):
             assert loaded.keys() == single.keys()
             assert all(torch.equal(loaded[name], single[name]) for name in single)
+
+
+def test_ranks_without_a_part_of_the_role_help_to_load_it(chain):
+    single = run_ranks(load, 1, chain / "sft", "policy", {})[0]
+    for loaded in run_ranks(load, 3, chain / "sft", "policy", {"tensor": 2}, 1):
+        assert loaded.keys() == single.keys()
+        assert all(torch.equal(loaded[name], single[name]) for name in single)
 
 
 def test_a_value_model_from_a_policy_has_its_backbone_and_a_fresh_head(chain):

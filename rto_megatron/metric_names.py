@@ -63,6 +63,9 @@ METRICS: dict[str, str] = {
     "length/response_mean": "Length of a response, EOS included; mean (tokens)",
     "length/response_max": "Longest response of the step (tokens)",
     "length/truncated_frac": "Responses that filled the window before an EOS (share of 1)",
+    "staleness/importance_mean": "Truncated importance weight of a token; mean, 1 if the policy has not moved",
+    "staleness/truncated_frac": "Tokens whose importance weight has reached ppo.importance_cap (share of 1)",
+    "staleness/log_prob_diff_mean": "|log pi before the update - when it sampled|; mean over response tokens (nats)",
     "decode/log_prob_diff_mean": "|decoding - training forward| of a log-prob; mean over response tokens (nats)",
     "decode/log_prob_diff_max": "Largest of these differences; above 1e-3 in float32, decoding is wrong (nats)",
     # Optimizer
@@ -115,6 +118,7 @@ METRICS: dict[str, str] = {
     "time/score_seconds": "Forward passes of policy, reference, DPO policy, critic and reward model (seconds)",
     "time/advantage_seconds": "Token rewards, advantages, whitening (seconds)",
     "time/update_seconds": "Forward and backward passes and optimizer steps of what is trained (seconds)",
+    "time/refit_seconds": "New weights to the ranks that write, and to those that score (seconds)",
     "time/evaluate_seconds": "Evaluation on held-out data (seconds)",
     "time/save_seconds": "What a save holds training up: the snapshot, or all of it if not in the background (seconds)",
     "time/step_seconds": "The whole step, evaluation included (seconds)",

@@ -68,6 +68,29 @@ def policy_loss(
     return PolicyLoss(loss=-weighted_sum(torch.minimum(free, held), weights), **sums)
 
 
+def importance_weights(
+    *, proximal_log_probs: Tensor, behaviour_log_probs: Tensor, response_mask: Tensor, cap: float
+) -> Tensor:
+    """Truncated importance weights of decoupled PPO (arXiv 2110.00641, equation 5; truncation: arXiv 2505.24298).
+
+        w[t] = min(exp(log pi_prox - log pi_behaviour)[t], cap)
+
+    Samples of an older policy (behaviour) are weighted to stand for the one that is being updated (proximal), around
+    which the ratio is clipped. As w >= 0 the loss is that of `policy_loss` with w * A for A, and pi_prox for pi_old.
+
+    Args:
+        proximal_log_probs: [B, T] nats, under the policy as it is before the update.
+        behaviour_log_probs: [B, T] nats, under the policy that sampled.
+        response_mask: [B, T] bool.
+        cap: largest weight, 1 or more.
+
+    Returns:
+        [B, T] weights, 1 outside the response and where both policies are one.
+    """
+    log_ratio = torch.where(response_mask, widen(proximal_log_probs) - widen(behaviour_log_probs), 0.0)
+    return log_ratio.exp().clamp(max=cap)
+
+
 def value_loss(
     *, values: Tensor, old_values: Tensor, returns: Tensor, weights: Tensor, clip: float | None
 ) -> ValueLoss:

@@ -236,6 +236,18 @@ def largest_difference(first: Path, second: Path) -> float:
     return max((relative_difference(value, its[name]) for name, value in mine.items()), default=0.0)
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 of all weights and optimizer states, by name: one value for equal bits, whatever layout wrote them."""
+    digest = hashlib.sha256()
+    for part in (*checkpoint.manifest.models, *(f"{role}_optimizer" for role in checkpoint.manifest.optimizers)):
+        found = dict(leaves(dist_checkpointing.load_plain_tensors(str(checkpoint.folder / part)), part))
+        for name in sorted(found):
+            value = torch.as_tensor(found[name]).contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.view(torch.uint8).numpy() if value.dim() else str(value.item()).encode())
+    return digest.hexdigest()
+
+
 def relative_difference(first: Any, second: Any) -> float:
     """max |a - b| / (1 + |a|) of two tensors or lists of numbers; infinite where only one of a, b is a finite number.
 

@@ -88,7 +88,9 @@ def role_mesh(parallel: ParallelConfig, runtime: Runtime, *, ranks: range) -> Me
         return None
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # sequence parallelism gathers into it, whatever the groups
         parallel_state._set_global_memory_buffer()
-    return Mesh(groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime)
+    return Mesh(
+        groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime
+    )
 
 
 _made: dict[tuple[int, int, range], ProcessGroupCollection | None] = {}

@@ -107,6 +107,7 @@ class Saver:
         trained: Mapping[str, Trainable | None],
         *,
         is_best: bool = False,
+        write_more: Callable[[Path], None] | None = None,
     ) -> None:
         """Take a snapshot and write it, in the background if the config says so; one under way is waited for.
 
@@ -114,6 +115,7 @@ class Saver:
             models: role -> model whose weights are saved; the same roles on all ranks, None where a rank has no part.
             trained: role -> what holds the optimizer state to save; likewise.
             is_best: none before it did as well: it stays until a better one comes.
+            write_more: writes other small files into the checkpoint's folder; on the main rank.
         """
         self.wait()
         started = time.perf_counter()
@@ -122,6 +124,8 @@ class Saver:
         with _all_or_none(draft):
             if is_main():
                 self._write_small_files(draft, manifest, [*models, *(f"{role}_optimizer" for role in trained)])
+                if write_more is not None:
+                    write_more(draft)
         with _all_or_none(draft):
             requests = [
                 _plan(weights_of(model) if model is not None else {}, draft / role) for role, model in models.items()

@@ -85,7 +85,7 @@ def walk(setup: Setup, config: RTORun, keep: Keep, *, one: Leg | None = None) ->
         keep(f"start/{role.name}_weights", shards(role.model))
     sampled = roll_out(setup, config, step=0)
     asked = _share(one.rollout, mesh) if one else sampled
-    rollout, signals = judge(setup, config, asked)
+    rollout, signals = judge(setup, config, asked, step=0)
     step = learn(
         setup,
         config,
@@ -101,7 +101,7 @@ def walk(setup: Setup, config: RTORun, keep: Keep, *, one: Leg | None = None) ->
         # a bfloat16 weight often does not move at all in one step; its float32 master does
         keep(f"{role.name}/weights", kept["master"] if role.model.config.bf16 else shards(role.model))
         keep(f"{role.name}/copies", shards(role.model))
-    _, after = judge(setup, config, asked)
+    _, after = judge(setup, config, asked, step=0)
     lines = {f"signal/{name}": getattr(signals, name) for name in SIGNALS} | _lines_of(step)
     lines["after/policy_log_probs"] = after.policy_log_probs
     if setup.actors.critic:

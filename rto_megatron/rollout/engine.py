@@ -164,6 +164,8 @@ class DecodeBatch:
         self._engine, self._max_length = engine, max_length
         self._cache = engine._forward.allocate(num_slots=num_slots, max_length=max_length)
         self._live: list[_Sequence] = []
+        self.num_steps = self.num_tokens = self.num_attended = 0
+        """Decode steps so far, tokens drawn in them, and tokens attended to for these."""
 
     @property
     def num_live(self) -> int:
@@ -181,7 +183,11 @@ class DecodeBatch:
     @torch.no_grad()
     def decode(self) -> list[Completion]:
         """Draw a token for each live response; those that ended with it."""
-        self._cache.plan_decode([sequence.num_cached for sequence in self._live])
+        lengths = [sequence.num_cached for sequence in self._live]
+        self._cache.plan_decode(lengths)
+        self.num_steps += 1
+        self.num_tokens += len(lengths)
+        self.num_attended += sum(lengths) + len(lengths)
         self._step(self._live, [sequence.tokens[-1] for sequence in self._live], slice(None))
         return self._retire()
 

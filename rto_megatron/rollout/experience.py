@@ -1,11 +1,12 @@
 """From a rollout and what the roles say of it to what PPO learns from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.advantages import gae, reinforce_pp
+from rto_megatron.algorithms.ppo import importance_weights
 from rto_megatron.algorithms.rewards import TokenRewards, shape_token_rewards
 from rto_megatron.algorithms.whitening import masked_moments, whiten
 from rto_megatron.batch import Experience, Rollout, Signals
@@ -74,6 +75,22 @@ def make_experience(
         returns=returns,
     )
     return experience, Credit(rewards=rewards, raw_advantages=raw)
+
+
+def for_newer_policy(experience: Experience, proximal_log_probs: Tensor, *, cap: float) -> Experience:
+    """Experience of an older policy, for the update of a newer one: decoupled PPO, see `importance_weights`.
+
+    Args:
+        proximal_log_probs: [B, T] nats, under the policy as it is before the update.
+        cap: largest importance weight.
+    """
+    weights = importance_weights(
+        proximal_log_probs=proximal_log_probs,
+        behaviour_log_probs=experience.old_log_probs,
+        response_mask=experience.response_mask,
+        cap=cap,
+    )
+    return replace(experience, old_log_probs=proximal_log_probs, advantages=experience.advantages * weights)
 
 
 def sentence_end_ids(pieces: list[str]) -> Tensor:

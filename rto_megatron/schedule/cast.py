@@ -51,10 +51,24 @@ class Cast:
         """The group of a rank."""
         return next(number for number, ranks in enumerate(self.groups) if rank in ranks)
 
+    def describe(self, name: str) -> str:
+        """In a line of the start table."""
+        if name != "split":
+            return f"{name}, {self.policy.num_replicas} groups, {self.lanes} lanes"
+        parts = [f"policy on ranks {_span(self.policy)}", f"rollouts on {_span(self.engine)}"]
+        if self.critic is not self.policy:
+            parts.append(f"critic on {_span(self.critic)}")
+        return f"split: {', '.join(parts)}, {self.lanes} lanes"
+
     @property
     def judges(self) -> Troupe:
         """Who answers held-out prompts: ranks that score, and share one layout."""
         return self.policy if set(self.placement.policy) & set(self.placement.scorers) else self.engine
+
+
+def _span(troupe: Troupe) -> str:
+    layout = f"tensor {troupe.parallel.tensor} x pipeline {troupe.parallel.pipeline} x data {troupe.num_replicas}"
+    return f"{troupe.ranks.start}-{troupe.ranks.stop - 1} ({layout})"
 
 
 def cast_of(config: RTORun, world: int) -> Cast:

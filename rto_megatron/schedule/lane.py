@@ -5,7 +5,7 @@ what is built on it - admission, packs, early minibatches - is a function of len
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,8 +42,10 @@ class Pass:
 class Lane:
     """The responses that one decode batch writes in a step."""
 
-    def __init__(self, sizes: Sizes, prompt_tokens: Sequence[int], *, step: int, number: int) -> None:
-        """All of its samples wait."""
+    def __init__(
+        self, sizes: Sizes, prompt_tokens: Sequence[int] | Mapping[int, int], *, step: int, number: int
+    ) -> None:
+        """All of its samples wait; `prompt_tokens` is by sample."""
         self.clock, self.num_passes, self.num_packs = 0, 0, 0
         self.ended: list[tuple[int, int]] = []
         """(clock, sample), in this order."""
@@ -147,3 +149,25 @@ class Lane:
         pack = Pack(step=self._step, lane=self._number, number=self.num_packs, samples=tuple(self._open), closed=clock)
         self.num_packs, self._open, self._open_tokens = self.num_packs + 1, [], 0
         return pack
+
+
+def written_out(
+    sizes: Sizes,
+    prompt_tokens: Sequence[int] | Mapping[int, int],
+    lengths: Mapping[int, int],
+    *,
+    step: int,
+    lanes: Iterable[int],
+) -> tuple[list[Pack], list[int]]:
+    """What follows of lanes whose responses have these lengths, both by sample.
+
+    Returns:
+        Their packs, lane by lane; and their samples in the order in which they ended, by clock.
+    """
+    packs: list[Pack] = []
+    ended: list[tuple[int, int]] = []
+    for number in lanes:
+        lane = Lane(sizes, prompt_tokens, step=step, number=number)
+        packs += lane.write_out(lengths)
+        ended += lane.ended
+    return packs, [sample for _, sample in sorted(ended)]

@@ -97,7 +97,7 @@ def connect(rank: int, groups: Sequence[Sequence[int]], gather: Callable[[Any], 
 
 
 def _own_address() -> str:
-    """The address by which the world's other machines reach this one: that from which it reaches their meeting point."""
+    """The address by which other machines reach this one: that from which it reaches their meeting point."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 1))  # nothing is sent
         return probe.getsockname()[0]

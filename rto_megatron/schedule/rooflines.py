@@ -4,16 +4,21 @@ Symbols: N parameters that tokens are multiplied with, L layers, h hidden size, 
 
     decode     max(read weights and cache, 2 N tokens) / t, and 2 L all-reduces of t ranks, and the host, each step
     prefill    (2 N + attention) tokens / ranks; score the same for each model that is asked
-    train      3 forwards (4 with full recompute), times 1 + (p - 1) / microbatches for the pipeline's bubble
+    proximal   one forward of the policy, a share each
+    train      3 forwards (4 with full recompute) of each model that learns, stretched by filling and draining the
+               pipeline: once for both models, or once each (`pipeline_time.py`)
     optimizer  gradients out and weights in, over the node's network cards; a part hides behind the backward pass
-    refit      one copy of the weights into every node
+    refit      one copy of the weights into every node; a scorer that trains copies within its own memory
+    boundary   where a group does all: weights take the layout of the engines, and its cache comes and goes
 
 Single numbers are good to about a quarter, ratios between schedules to about a tenth.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from rto_megatron.config.model import ModelConfig
+from rto_megatron.schedule.pipeline_time import stretch
 from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.simulate import Load
 from rto_megatron.schedule.work import Item
@@ -68,6 +73,10 @@ class Efficiency:
     """Latency of one all-reduce within a node."""
     host_seconds: float = 0.4e-3
     """Of a decode step: with CUDA graphs; without about 2e-3."""
+    fp8: float = 1.7
+    """How much faster than bfloat16 matrix products are in FP8."""
+    swap_seconds: float = 0.3
+    """Of a step, where a group does all: to make room for the cache, and to give it back."""
     exposed: float = 0.35
     """Share of the gradients' communication that nothing hides."""
 
@@ -84,17 +93,29 @@ class Layout:
     train_tensor: int = 1
     pipeline: int = 1
     micro_tokens: int = 4096
-    """Tokens of a microbatch of training."""
+    """Room of a microbatch of training, in tokens."""
+    filled: float = 0.85
+    """Of that room: whole samples leave some of it. A usual value."""
+    engine_fp8: bool = False
+    """Weights of the engines take one byte each; the cache stays in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Roles:
-    """What is asked and trained."""
+    """What is asked and trained, and how."""
 
     scored: int = 4
     """Models that score: reference, DPO, critic, reward model; one more where old log-probs are scored anew."""
+    scored_fp8: int = 0
+    """Of these: models that score in FP8."""
+    proximal: int = 1
+    """Forwards of a proximal item; 0 where it is interpolated instead."""
     forwards: float = 3.0
     """Of a trained token: forward and backward; 4 with full recompute."""
+    padding: float = 1.0
+    """Tokens that are computed for each one that counts, in scoring and training; 1 where sequences are packed."""
+    one_stream: bool = True
+    """Whether models that train on the same groups fill and drain the pipeline together, or one after the other."""
 
 
 def matmul_parameters(model: ModelConfig) -> int:
@@ -140,12 +161,22 @@ class Roofline:
         if item.kind == "prefill":
             return self._forward(load, self.layout.engine_ranks)
         if item.kind == "score":
-            return self.roles.scored * self._forward(load, self.ranks(group))
+            return self.score(load, self.ranks(group))
+        if item.kind == "proximal":
+            ranks = self.layout.train_ranks * len(item.groups)
+            return self.roles.proximal * self._computed(load, ranks)
         if item.kind == "train":
-            return self.roles.forwards * self._forward(load, self.layout.train_ranks) * (1 + self.bubble(load.tokens))
+            return self.train(load, num_models=2 if item.role == "both" else 1)
         if item.kind == "optimizer":
             return self.efficiency.exposed * self.gradient_seconds()
-        return self.refit_seconds() if item.kind == "refit" else 0.0
+        if item.kind == "refit":
+            return self.refit_seconds(local=item.role == "scorer" and set(item.groups) <= set(self.placement.trainers))
+        return self.boundary_seconds() if item.kind == "boundary" else 0.0
+
+    def score(self, load: Load, ranks: int) -> float:
+        """Seconds in which so many ranks ask all models that score about these samples."""
+        forwards = self.roles.scored - self.roles.scored_fp8 * (1 - 1 / self.efficiency.fp8)
+        return forwards * self._computed(load, ranks)
 
     def ranks(self, group: int) -> int:
         """Of a group: a group that trains has the trainers' layout for scoring too."""
@@ -160,28 +191,42 @@ class Roofline:
         """
         t, gpu, eta = self.layout.engine_tensor, self.gpu, self.efficiency
         copies = self.layout.engine_ranks // t  # each decodes a share of the lane
-        read = 2 * self.parameters * num_steps + cache_bytes_per_token(self.model) * context / copies
+        bytes_each, faster = (1, eta.fp8) if self.layout.engine_fp8 else (2, 1.0)
+        read = bytes_each * self.parameters * num_steps + cache_bytes_per_token(self.model) * context / copies
         multiply = 2 * self.parameters * tokens / copies
-        seconds = max(read / (t * gpu.bandwidth * eta.memory), multiply / (t * gpu.flops * eta.gemm))
+        seconds = max(read / (t * gpu.bandwidth * eta.memory), multiply / (t * gpu.flops * eta.gemm * faster))
         if t > 1:
             sent = 2 * (t - 1) / t * tokens / copies * self.model.hidden_size * 2
             each = num_steps * eta.all_reduce_seconds + sent / (gpu.link * eta.link)
             seconds += 2 * self.model.num_layers * each
         return seconds + num_steps * eta.host_seconds
 
-    def bubble(self, tokens: float) -> float:
-        """Time that a pipeline of a group's share of a minibatch idles, relative to its work."""
-        copies = self.layout.train_ranks // (self.layout.train_tensor * self.layout.pipeline)
-        microbatches = max(1, -(-tokens // (copies * self.layout.micro_tokens)))
-        return (self.layout.pipeline - 1) / microbatches
+    def train(self, load: Load, *, num_models: int) -> float:
+        """Seconds of forward and backward of a group's share of a minibatch, for models that learn from it."""
+        layout, forwards = self.layout, self.roles.forwards
+        copies = layout.train_ranks // (layout.train_tensor * layout.pipeline)
+        micros = max(1, math.ceil(self.roles.padding * load.tokens / (copies * layout.micro_tokens * layout.filled)))
+        together = num_models if self.roles.one_stream else 1
+        stretched = stretch(together * micros, layout.pipeline, forwards)
+        return num_models * forwards * self._computed(load, layout.train_ranks) * stretched
 
     def gradient_seconds(self) -> float:
         """Reduce-scatter of bfloat16 gradients and all-gather of weights between nodes, nothing hidden."""
         return 4 * self.parameters / self.layout.pipeline / self._node_network
 
-    def refit_seconds(self) -> float:
-        """New weights of one model into every node."""
+    def refit_seconds(self, *, local: bool = False) -> float:
+        """New weights of one model into every node; or, local, read and written where they are."""
+        if local:
+            ranks = self.layout.train_tensor * self.layout.pipeline
+            return 2 * 2 * self.parameters / ranks / (self.gpu.bandwidth * self.efficiency.memory)
         return 2 * self.parameters / self._node_network
+
+    def boundary_seconds(self) -> float:
+        """What a group that writes with the weights that it trains does between the two, in a step."""
+        if not self.placement.shares_weights:
+            return 0.0
+        same = (self.layout.engine_tensor, 1) == (self.layout.train_tensor, self.layout.pipeline)
+        return self.efficiency.swap_seconds + (0.0 if same else self.refit_seconds())
 
     @property
     def _node_network(self) -> float:
@@ -190,3 +235,7 @@ class Roofline:
     def _forward(self, load: Load, ranks: int) -> float:
         flops = forward_flops(self.model, tokens=load.tokens, squares=load.squares)
         return flops / (ranks * self.gpu.flops * self.efficiency.compute)
+
+    def _computed(self, load: Load, ranks: int) -> float:
+        """As `_forward`, with the padding that scoring and training compute too."""
+        return self.roles.padding * self._forward(load, ranks)

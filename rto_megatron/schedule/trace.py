@@ -1,10 +1,13 @@
 """What ran when: rows of a trace, and what they add up to."""
 
 import json
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from rto_megatron.errors import DataError
 from rto_megatron.schedule.work import KINDS, Kind
@@ -159,3 +162,40 @@ def read_trace(path: Path) -> list[Row]:
     if not rows:
         raise DataError(f"{path}: a trace needs at least one row, found none")
     return rows
+
+
+class TraceFile:
+    """Where a rank writes its rows as it runs, and the clock that they go by."""
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        """Open for appending: a run that goes on adds to what it has written."""
+        self.clock = clock
+        self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
+
+    def write(self, row: Row) -> None:
+        """Add a row."""
+        self._file.write(json.dumps(asdict(row)) + "\n")
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._file.close()
+
+
+@contextmanager
+def trace_file(run_dir: Path, rank: int, gather: Callable[[Any], list[Any]]) -> Iterator[TraceFile]:
+    """RUN_DIR/trace/rank_R.jsonl of this rank. Every rank calls; all clocks show seconds since this start of the run.
+
+    Ranks of different machines agree as well as these machines' clocks do.
+
+    Args:
+        gather: tells every rank's object to every rank.
+    """
+    folder = run_dir / "trace"
+    folder.mkdir(parents=True, exist_ok=True)
+    start = gather(time.time())[0]
+    base = time.perf_counter() - (time.time() - start)
+    trace = TraceFile(folder / f"rank_{rank:05d}.jsonl", lambda: time.perf_counter() - base)
+    try:
+        yield trace
+    finally:
+        trace.close()

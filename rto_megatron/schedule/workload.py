@@ -2,13 +2,14 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.policy import Schedule
 from rto_megatron.schedule.simulate import Cost, Responses, simulate
 from rto_megatron.schedule.trace import Row
-from rto_megatron.schedule.work import Sizes, StepInput
+from rto_megatron.schedule.work import Sizes, StepInput, share
 
 SIGMA = 0.7
 """Of the logarithm of lengths."""
@@ -18,19 +19,29 @@ CAP = 2.3
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Responses with lognormal lengths, cut at the window: 5 % fill it."""
+    """Responses with lognormal lengths, cut at the window: 5 % fill it where no mean is given."""
 
     prompt_tokens: int
     """Of every prompt."""
     max_new_tokens: int
+    """The window: longer responses are cut there."""
+    mean_tokens: float | None = None
+    """Of responses before they are cut; null makes it 1 / 2.3 of the window."""
+    balanced: bool = False
+    """Whether the groups that train get even shares of a minibatch's tokens, rather than of its samples."""
+    long_last: float = 0.0
+    """Share of a step's responses, the longest, that come last, so that the last lanes write them."""
     epochs: int = 1
     seed: int = 0
 
     def lengths(self, step: int, num: int) -> list[int]:
         """Tokens of each response of a step."""
-        rng, middle = random.Random(f"lengths/{self.seed}/{step}"), math.log(self.max_new_tokens / CAP) - SIGMA**2 / 2
+        mean = self.mean_tokens or self.max_new_tokens / CAP
+        rng, middle = random.Random(f"lengths/{self.seed}/{step}"), math.log(mean) - SIGMA**2 / 2
         drawn = (round(rng.lognormvariate(middle, SIGMA)) for _ in range(num))
-        return [min(max(1, length), self.max_new_tokens) for length in drawn]
+        lengths = [min(max(1, length), self.max_new_tokens) for length in drawn]
+        longest = set(sorted(range(num), key=lambda row: lengths[row])[num - round(self.long_last * num) :])
+        return [lengths[row] for row in sorted(range(num), key=lambda row: row in longest)]
 
     def known(self, step: int, sizes: Sizes) -> StepInput:
         """What the schedule may know beforehand."""
@@ -54,18 +65,47 @@ class Workload:
         """Simulate it on a role map; the arguments are those of `Schedule` and `simulate`."""
         known = [self.known(step, sizes) for step in range(sizes.num_steps)]
         lengths = [self.lengths(step, sizes.samples) for step in range(sizes.num_steps)]
+        if self.balanced:
+            known = [
+                StepInput(step.prompt_tokens, [dealt(rows, tokens, len(placement.policy)) for rows in step.minibatches])
+                for step, tokens in zip(known, lengths, strict=True)
+            ]
         schedule = Schedule(placement, sizes, known.__getitem__, staleness=staleness, early=early)
         return simulate(
             schedule, Responses(lambda step: known[step].prompt_tokens, lengths.__getitem__), cost, latency=latency
         )
 
 
-def seconds_per_step(rows: list[Row]) -> float:
-    """From the end of the first step's training to that of the last: what a step takes once all is under way."""
+def dealt(rows: Sequence[int], tokens: Sequence[int], hands: int) -> list[int]:
+    """Samples in an order in which even shares of it, cut as the schedule cuts them, hold about as many tokens."""
+    held: list[list[int]] = [[] for _ in range(hands)]
+    room = [len(share(len(rows), hand, hands)) for hand in range(hands)]
+    for row in sorted(rows, key=lambda row: (-tokens[row], row)):
+        free = [hand for hand in range(hands) if len(held[hand]) < room[hand]]
+        least = min(free, key=lambda hand: sum(tokens[other] for other in held[hand]))
+        held[least].append(row)
+    return [row for cards in held for row in cards]
+
+
+def padding(workload: "Workload", num: int, *, rows: int) -> float:
+    """Tokens that are computed for each one that counts, where microbatches of so many samples are padded."""
+    totals = [workload.prompt_tokens + length for length in workload.lengths(0, num)]
+    micros = [totals[at : at + rows] for at in range(0, num, rows)]
+    return sum(len(micro) * max(micro) for micro in micros) / sum(totals)
+
+
+def seconds_per_step(rows: Sequence[Row], *, staleness: int = 0) -> float:
+    """From the end of one step's training to that of a later one: what a step takes once all is under way.
+
+    Args:
+        staleness: how many steps at either end are left out besides the first: responses of the next step are not yet
+            being written there, or no longer.
+    """
     ends: dict[int, float] = {}
     for row in rows:
         if row.kind == "optimizer":
             ends[row.step] = max(row.end, ends.get(row.step, 0.0))
-    if len(ends) < 2:
-        raise ValueError(f"a rate needs two steps or more, got {len(ends)}")
-    return (ends[max(ends)] - ends[min(ends)]) / (len(ends) - 1)
+    if len(ends) < 2 + 2 * staleness:
+        raise ValueError(f"a rate needs {2 + 2 * staleness} steps or more, got {len(ends)}")
+    first, last = min(ends) + staleness, max(ends) - staleness
+    return (ends[last] - ends[first]) / (last - first)

@@ -15,8 +15,7 @@ from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.responses import generate
-from rto_megatron.stages.actors import Actors, Judges, score_rollout
-from rto_megatron.stages.run import Clock
+from rto_megatron.stages.actors import Judges, score_rollout
 
 EVALUATION = -1
 """The `step` of the random streams of held-out samples, so that no training step shares them."""
@@ -77,24 +76,21 @@ class HeldOut:
 
     prompts: list[PromptRow]
     config: RTORun
-    mesh: Mesh
 
     @classmethod
-    def of_run(cls, config: RTORun, tokenizer: Tokenizer, mesh: Mesh) -> "HeldOut":
+    def of_run(cls, config: RTORun, tokenizer: Tokenizer) -> "HeldOut":
         """Read data.eval; without it nothing is measured."""
         if config.data.eval is None:
-            return cls([], config, mesh)
+            return cls([], config)
         limit = config.rollout.max_prompt_tokens
         prompts, _ = read_prompts(config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long)
-        return cls(prompts, config, mesh)
+        return cls(prompts, config)
 
-    def measure(self, actors: Actors, *, step: int, clock: Clock) -> dict[str, float]:
-        """`eval/*` if they are due before `step`, else nothing."""
+    def is_due(self, step: int) -> bool:
+        """Whether to measure before `step`."""
         every = self.config.eval_every
-        due = step in (0, self.config.num_steps) or (every > 0 and step % every == 0)
-        if not (self.prompts and due):
-            return {}
-        with clock.phase("evaluate"):
-            return answer(
-                actors.policy.model, self.prompts, self.config, actors.judges, actors.tokenizer, self.mesh
-            ).metrics()
+        return bool(self.prompts) and (step in (0, self.config.num_steps) or (every > 0 and step % every == 0))
+
+    def measure(self, policy: PolicyModel, judges: Judges, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, float]:
+        """`eval/*`, on ranks that hold all of these."""
+        return answer(policy, self.prompts, self.config, judges, tokenizer, mesh).metrics()

@@ -37,8 +37,14 @@ from rto_megatron.metrics import Console
 
 TrainingRun = SFTRun | DPORun | RewardRun | RTORun
 
-FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every")
-"""Settings that a run may change on its way: where and how it is computed, not what."""
+FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every", "schedule.")
+"""Beginnings of settings that a run may change on its way: where and how it is computed, not what."""
+
+FIXED = ("schedule.staleness", "schedule.minibatches")
+"""Settings that it may not change though they begin so."""
+
+NEWER = {"schedule.staleness": 0, "schedule.minibatches": "random", "ppo.importance_cap": 2.0}
+"""Settings that a run of an earlier version does not name, and what it did."""
 
 COMPARED_BY_CONTENT = (
     "start",
@@ -123,11 +129,18 @@ class Checkpoints:
         self._first_step = own.manifest.step
         return Progress(step=own.manifest.step, **own.manifest.progress)
 
-    def after(self, progress: Progress, *, held_out: float | None = None) -> dict[str, float]:
+    def after(
+        self,
+        progress: Progress,
+        *,
+        held_out: float | None = None,
+        hand_over: Callable[[Path], None] | None = None,
+    ) -> dict[str, float]:
         """Save if it is time, once `progress.step` steps are done; the numbers of a save that was completed.
 
         Args:
             held_out: the number by which the best is kept, if it has just been measured.
+            hand_over: writes what the next step has got already into the folder of a checkpoint; on the main rank.
 
         Raises:
             StoppedToContinue: the run was asked to stop; its state is saved.
@@ -141,7 +154,8 @@ class Checkpoints:
         stop = stop_requested() and not last
         if last or stop or (every and progress.step % every == 0):
             is_best = self._is_best(progress, held_out)
-            self._save(progress, is_best=is_best, optimizers=not last or self.config.checkpoint.optimizer_at_end)
+            optimizers = not last or self.config.checkpoint.optimizer_at_end
+            self._save(progress, is_best=is_best, optimizers=optimizers, hand_over=hand_over)
         if last or stop:
             self._saver.wait()
         if stop:
@@ -160,7 +174,14 @@ class Checkpoints:
             progress.best = held_out
         return is_best
 
-    def _save(self, progress: Progress, *, is_best: bool, optimizers: bool) -> None:
+    def _save(
+        self,
+        progress: Progress,
+        *,
+        is_best: bool,
+        optimizers: bool,
+        hand_over: Callable[[Path], None] | None,
+    ) -> None:
         trained = self.trained if optimizers else {}
         manifest = replace(
             self.make_manifest(),
@@ -170,7 +191,7 @@ class Checkpoints:
             progress=progress.numbers(),
         )
         models = {role: trainable.model if trainable else None for role, trainable in self.trained.items()}
-        self._saver.start(manifest, models, trained, is_best=is_best)
+        self._saver.start(manifest, models, trained, is_best=is_best, write_more=hand_over)
 
     def _report(self) -> dict[str, float]:
         saved = self._saver.last
@@ -204,9 +225,11 @@ def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
             "set another run_dir, or remove the folder"
         )
     begun, now = (_flat(yaml.safe_load(text)) for text in (own.manifest.config, dump_run(config)))
+    if isinstance(config, RTORun):
+        begun = NEWER | begun
     for name in sorted(begun.keys() | now.keys()):
-        same = begun.get(name) == now.get(name) or name in (*COMPARED_BY_CONTENT, *LENGTHS) or name.startswith(FREE)
-        if not same:
+        free = name in (*COMPARED_BY_CONTENT, *LENGTHS) or (name.startswith(FREE) and name not in FIXED)
+        if not free and begun.get(name) != now.get(name):
             raise ConfigError(
                 f"{name} is {_shown(now, name)}, but the run in {config.run_dir} began with {_shown(begun, name)}, "
                 "and a run goes on as it began; set it back, set another run_dir, or remove the folder"

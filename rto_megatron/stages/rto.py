@@ -1,48 +1,32 @@
 """Reinforced token optimization (arXiv 2404.18922, algorithm 1); with dpo_coef 0 it is PPO."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from rto_megatron.algorithms.kl import adapt_kl_coef
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun, stage_of
-from rto_megatron.data.collate import prompt_batch
-from rto_megatron.data.readers import Dropped, PromptRow, read_prompts
-from rto_megatron.data.sampler import batch_rows, shard
-from rto_megatron.distributed.checkpoint import Manifest
+from rto_megatron.data.readers import Dropped, PromptRow
+from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh, build_mesh
-from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.rows import gather_rows
-from rto_megatron.distributed.runtime import Runtime
-from rto_megatron.errors import DataError
+from rto_megatron.distributed.runtime import Runtime, world_size
 from rto_megatron.metrics import Mergeable, merge, take
-from rto_megatron.rollout.experience import Credit, make_experience, sentence_end_ids
-from rto_megatron.rollout.responses import generate
+from rto_megatron.rollout.experience import Credit, make_experience
+from rto_megatron.rollout.responses import make_engine
+from rto_megatron.schedule.cast import cast_of, sizes_of
+from rto_megatron.schedule.lane import Lane, written_out
+from rto_megatron.schedule.work import Sizes, share
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
+from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
-from rto_megatron.stages.resume import (
-    Checkpoints,
-    Progress,
-    check_unchanged,
-    digests,
-    is_finished,
-    listening_for_stop,
-    own_checkpoint,
-)
+from rto_megatron.stages.interleaved import interleave
+from rto_megatron.stages.resume import digests, is_finished, listening_for_stop, own_checkpoint
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
-from rto_megatron.stages.run import Clock, open_run
-from rto_megatron.stages.update import plan_updates, update
-
-SHOWN = {
-    "reward": "reward/total_sum",
-    "score": "reward/score_sum",
-    "kl": "kl/sequence",
-    "length": "length/response_mean",
-    "clipped": "ppo/clip_frac",
-    "seconds": "time/step_seconds",
-}
-"""Beside the progress bar: label -> metric."""
+from rto_megatron.stages.run import Clock
+from rto_megatron.stages.samples import Found, Said, Samples, lengths_of, make_pass, said_of, signals_of
+from rto_megatron.stages.update import minibatch_rows, update
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +36,8 @@ class Setup:
     mesh: Mesh
     actors: Actors
     prompts: list[PromptRow]
+    sizes: Sizes
+    """How the work of a step is cut."""
     sentence_ends: Tensor | None
     """[V] bool, ids that close a sentence; for `rto.shaping: sentence` only."""
 
@@ -80,56 +66,44 @@ def run(config: RTORun, runtime: Runtime) -> None:
     own = own_checkpoint(config, name)
     if is_finished(own, config.num_steps):
         return
+    if config.schedule.map == "sequential":
+        one_after_the_other(config, runtime, own)
+    else:
+        interleave(config, runtime, own)
+
+
+def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None) -> None:
+    """The run as the paper writes it down: all ranks generate, then score, then update."""
     setup, dropped = prepare(config, runtime)
-    actors, held_out = setup.actors, HeldOut.of_run(config, setup.actors.tokenizer, setup.mesh)
-    manifest = _manifest(config, setup, held_out)
-    check_unchanged(own, manifest)
-    sizes = size_table(config, len(setup.prompts), setup.mesh.data.size)
-    with open_run(config, name, setup.mesh, sizes, own=own) as running:
-        running.console.say(f"prompts: {dropped}")
-        checkpoints = Checkpoints(
-            config, _trained(actors), lambda: manifest, actors.tokenizer, config.num_steps, higher_is_better=True
-        )
-        at, clock = checkpoints.take_up(own, Progress(kl_coef=config.rto.kl_coef)), Clock()
-        with running.console.progress(name, total=config.num_steps, start=at.step) as shown:
-            while True:
-                extra = held_out.measure(actors, step=at.step, clock=clock)
-                with clock.phase("save"):
-                    extra |= checkpoints.after(at, held_out=extra.get("eval/score"))
-                if at.step == config.num_steps:
-                    break
-                done = take_step(setup, config, step=at.step, kl_coef=at.kl_coef, clock=clock)
-                numbers = step_metrics(done.rollout, done.signals, done.experience, done.credit, config.rto)
-                seconds = clock.take()
-                numbers |= done.losses | speed_metrics(done.rollout, seconds) | seconds | {"kl/coef": at.kl_coef}
-                running.log.write(at.step, extra | numbers)
-                shown.done(at.step, {label: numbers[metric] for label, metric in SHOWN.items()})
-                at.kl_coef = adapt_kl_coef(
-                    at.kl_coef,
-                    observed_kl=numbers["kl/sequence"],
-                    target=config.rto.kl_target,
-                    horizon=config.rto.kl_horizon,
-                    num_samples=len(done.rollout),
-                )
-                at.step += 1
-        running.log.write(config.num_steps, extra | clock.take())
-        running.console.say(f"checkpoint: {checkpoints.last_folder}")
+    actors, mesh = setup.actors, setup.mesh
+    held_out = HeldOut.of_run(config, actors.tokenizer)
+
+    def measure(step: int) -> dict[str, float]:
+        if not held_out.is_due(step):
+            return {}
+        return held_out.measure(actors.policy.model, actors.judges, actors.tokenizer, mesh)
+
+    trained = {"policy": actors.policy, **({"critic": actors.critic} if actors.critic else {})}
+    manifest = manifest_of(config, actors.parents, digests(setup.prompts, held_out.prompts))
+    sizes = size_table(config, len(setup.prompts), mesh.data.size)
+    with on_course(config, own, mesh, trained, manifest, actors.tokenizer, measure, sizes, dropped) as course:
+        course.begin_step()
+        while not course.is_over:
+            done = take_step(setup, config, step=course.at.step, kl_coef=course.at.kl_coef, clock=course.clock)
+            numbers = step_metrics(done.rollout, done.signals, done.experience, done.credit, config.rto)
+            seconds = course.clock.take()
+            course.end_step(numbers | done.losses | speed_metrics(done.rollout, seconds) | seconds)
+            course.begin_step()
 
 
 def prepare(config: RTORun, runtime: Runtime) -> tuple[Setup, Dropped]:
     """Roles and prompts, checked against each other and against the layout."""
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     actors = load_actors(config, mesh)
-    limit = config.rollout.max_prompt_tokens
-    prompts, dropped = read_prompts(
-        config.data.train, actors.tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long
-    )
-    check_enough(prompts, config)
-    ends = None
-    if config.rto.shaping == "sentence":
-        pieces = [actors.tokenizer.decode([i]) for i in range(actors.tokenizer.vocab_size)]
-        ends = sentence_end_ids(pieces).to(mesh.device)
-    return Setup(mesh=mesh, actors=actors, prompts=prompts, sentence_ends=ends), dropped
+    prompts, dropped, ends = prompts_of(config, actors.tokenizer)
+    sizes = sizes_of(config, cast_of(config, world_size()))
+    ends = None if ends is None else ends.to(mesh.device)
+    return Setup(mesh=mesh, actors=actors, prompts=prompts, sizes=sizes, sentence_ends=ends), dropped
 
 
 def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock: Clock) -> Step:
@@ -137,89 +111,62 @@ def take_step(setup: Setup, config: RTORun, *, step: int, kl_coef: float, clock:
     with clock.phase("generate"):
         mine = roll_out(setup, config, step=step)
     with clock.phase("score"):
-        rollout, signals = judge(setup, config, mine)
+        rollout, signals = judge(setup, config, mine, step=step)
     return learn(setup, config, rollout, signals, step=step, kl_coef=kl_coef, clock=clock)
 
 
 def roll_out(setup: Setup, config: RTORun, *, step: int) -> Rollout:
-    """The step's prompts answered by the policy: this replica's rows."""
-    mesh, tokenizer = setup.mesh, setup.actors.tokenizer
-    picked = batch_rows(len(setup.prompts), config.prompts_per_step, seed=config.seed, step=step)
-    prompts = prompt_batch([setup.prompts[i] for i in picked], samples_per_prompt=config.samples_per_prompt)
-    return generate(
-        setup.actors.policy.model,
-        prompts.rows(shard(len(prompts), rank=mesh.data.rank, world=mesh.data.size)),
-        config.rollout,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        seed=config.seed,
-        step=step,
-    )
+    """The step's prompts answered by the policy: this replica's rows, lane by lane."""
+    samples = Samples(config, setup.prompts, setup.actors.tokenizer, step=step)
+    model = setup.actors.policy.model
+    engine, requests = make_engine(model, config.rollout, eos_id=setup.actors.tokenizer.eos_id), samples.requests()
+    for number in _lanes(setup):
+        lane = Lane(setup.sizes, samples.known().prompt_tokens, step=step, number=number)
+        batch = engine.batch([requests[row] for row in setup.sizes.rows(number)])
+        while (now := lane.upcoming()) is not None:
+            ended = make_pass(batch, now, requests)
+            samples.take(Found(step=step, written=tuple(ended)))
+            lane.advance({completion.uid: len(completion.tokens) for completion in ended})
+    return samples.rollout(sorted(samples.written)).to(setup.mesh.device)
 
 
-def judge(setup: Setup, config: RTORun, mine: Rollout) -> tuple[Rollout, Signals]:
-    """What the roles say of this replica's rows, gathered: all replicas' rows on every rank."""
+def judge(setup: Setup, config: RTORun, mine: Rollout, *, step: int) -> tuple[Rollout, Signals]:
+    """What the roles say of this replica's rows, pack by pack, gathered: all replicas' rows on every rank."""
     actors, mesh = setup.actors, setup.mesh
-    critic = actors.critic.model if actors.critic else None
-    said = score_rollout(
-        mine, policy=actors.policy.model, critic=critic, judges=actors.judges, config=config, mesh=mesh
-    )
-    return gather_rows(mine, mesh), gather_rows(said, mesh)
+    roles = {"policy": actors.policy.model, "critic": actors.critic.model if actors.critic else None}
+    first = mesh.data.rank * len(mine)
+    packs, _ = written_out(setup.sizes, *lengths_of(mine, first), step=step, lanes=_lanes(setup))
+    said: dict[int, Said] = {}
+    for pack in packs:
+        rows = mine.rows([sample - first for sample in pack.samples])
+        signals = score_rollout(rows, **roles, judges=actors.judges, config=config, mesh=mesh)
+        said |= said_of(pack.samples, rows, signals)
+    ours = signals_of(mine, [said[first + row] for row in range(len(mine))]).to(mesh.device)
+    return gather_rows(mine, mesh), gather_rows(ours, mesh)
 
 
 def learn(
     setup: Setup, config: RTORun, rollout: Rollout, signals: Signals, *, step: int, kl_coef: float, clock: Clock
 ) -> Step:
     """The rest of the round, from all replicas' rows: experience and update."""
+
+    def experience_of(rows: Sequence[int] | None = None) -> tuple[Experience, Credit]:
+        some = (rollout, signals) if rows is None else (rollout.rows(rows), signals.rows(rows))
+        return make_experience(*some, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends)
+
     with clock.phase("advantage"):
-        experience, credit = make_experience(
-            rollout, signals, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends
-        )
+        experience, credit = experience_of()
+        minibatches = [experience.rows(rows) for rows in minibatch_rows(len(rollout), config, step=step)]
+        if config.schedule.minibatches == "logical":
+            lanes = range(setup.sizes.lanes)
+            _, order = written_out(setup.sizes, *lengths_of(rollout), step=step, lanes=lanes)
+            numbers = minibatch_rows(len(rollout), config, step=step, order=order)
+            minibatches = [experience_of(rows)[0] for rows in numbers]
     with clock.phase("update"):
-        updates = update(setup.actors, experience, config, setup.mesh, step=step)
+        updates = update(setup.actors, minibatches, config, setup.mesh, step=step)
     return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, updates=updates)
 
 
-def check_enough(prompts: list[PromptRow], config: RTORun) -> None:
-    """Raise DataError if there are fewer prompts than a step takes."""
-    if len(prompts) < config.prompts_per_step:
-        raise DataError(
-            f"data.train {config.data.train}: {len(prompts)} prompts are left, fewer than prompts_per_step "
-            f"{config.prompts_per_step}; bring more prompts, or take more samples_per_prompt of fewer"
-        )
-
-
-def size_table(config: RTORun, num_prompts: int, num_data: int) -> list[tuple[str, object]]:
-    """The start table: what follows from the three batch numbers."""
-    samples, plan = config.prompts_per_step * config.samples_per_prompt, plan_updates(config)
-    return [
-        ("prompts", num_prompts),
-        ("prompts per step", config.prompts_per_step),
-        ("samples per step", samples),
-        ("of these per replica", samples // num_data),
-        ("samples per optimizer step", config.samples_per_optimizer_step),
-        ("optimizer steps per step", plan.minibatches_per_step),
-        ("steps", config.num_steps),
-        ("samples in all", samples * config.num_steps),
-        ("passes over the prompts", round(config.num_steps * config.prompts_per_step / num_prompts, 2)),
-    ]
-
-
-def _trained(actors: Actors) -> dict[str, Trainable]:
-    trained: dict[str, Trainable] = {"policy": actors.policy}
-    return trained | {"critic": actors.critic} if actors.critic else trained
-
-
-def _manifest(config: RTORun, setup: Setup, held_out: HeldOut) -> Manifest:
-    parents = setup.actors.parents
-    models = {"policy": parents["policy"].manifest.architecture_for("policy")}
-    if setup.actors.critic:
-        models["critic"] = parents["critic"].manifest.architecture_for("value")
-    return Manifest(
-        stage=stage_of(config),
-        step=config.num_steps,
-        models=models,
-        tokenizer=parents["policy"].manifest.tokenizer,
-        parents={role: parent.id for role, parent in parents.items()},
-        data=digests(setup.prompts, held_out.prompts),
-    )
+def _lanes(setup: Setup) -> range:
+    """The lanes that this replica writes and scores."""
+    return share(setup.sizes.lanes, setup.mesh.data.rank, setup.mesh.data.size)

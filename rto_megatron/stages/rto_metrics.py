@@ -5,6 +5,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.kl import kl_estimates
 from rto_megatron.algorithms.masked import last_response_token
+from rto_megatron.algorithms.ppo import importance_weights
 from rto_megatron.algorithms.whitening import explained_variance, masked_moments, mean_and_variance
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.algorithm import RTOConfig
@@ -61,6 +62,21 @@ def signal_metrics(rollout: Rollout, signals: Signals, config: RTOConfig) -> dic
     )
     numbers["reward/raw_score_std"] = signals.raw_scores.double().std(correction=0).item()
     return numbers
+
+
+def staleness_metrics(rollout: Rollout, signals: Signals, proximal: Tensor, *, cap: float) -> dict[str, float]:
+    """How far the policy has moved since it sampled; `proximal` [B, T] nats are its log-probs before the update."""
+    mask = rollout.response_mask
+    weights = importance_weights(
+        proximal_log_probs=proximal, behaviour_log_probs=signals.policy_log_probs, response_mask=mask, cap=cap
+    )
+    return take(
+        {
+            "staleness/importance_mean": Mean.over(weights, mask),
+            "staleness/truncated_frac": Mean.over(weights >= cap, mask),
+            "staleness/log_prob_diff_mean": Mean.over((proximal - signals.policy_log_probs).abs(), mask),
+        }
+    )
 
 
 def credit_metrics(rollout: Rollout, experience: Experience, credit: Credit) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """PPO's updates of policy and critic on the experience of one step."""
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,16 @@ from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.sampler import random_order, shard
 from rto_megatron.distributed.mesh import Mesh
-from rto_megatron.distributed.step import Loss, StepResult, head_outputs, token_log_probs, train_step
+from rto_megatron.distributed.optimizer import Trainable
+from rto_megatron.distributed.step import (
+    Loss,
+    StepResult,
+    Task,
+    accumulate,
+    finish,
+    head_outputs,
+    token_log_probs,
+)
 from rto_megatron.metrics import Latest, Mean, Mergeable
 from rto_megatron.stages.actors import Actors
 
@@ -37,41 +47,66 @@ def plan_updates(config: RTORun) -> Plan:
     return Plan(minibatches_per_step=per_step, num_optimizer_steps=per_step * config.num_steps)
 
 
-def minibatch_rows(num_rows: int, config: RTORun, *, step: int) -> list[list[int]]:
-    """Rows of each minibatch of a step: a random order of all rows an epoch, the same on every rank."""
+def minibatch_rows(num_rows: int, config: RTORun, *, step: int, order: Sequence[int] | None = None) -> list[list[int]]:
+    """Rows of each minibatch of a step: a random order of all rows an epoch, the same on every rank.
+
+    Args:
+        order: of the first epoch instead, where minibatches are `logical`.
+    """
     size, minibatches = config.samples_per_optimizer_step, []
     for epoch in range(config.ppo.num_epochs):
-        order = random_order(num_rows, f"minibatches/{config.seed}/{step}/{epoch}")
-        minibatches += [order[start : start + size] for start in range(0, num_rows, size)]
+        drawn = random_order(num_rows, f"minibatches/{config.seed}/{step}/{epoch}")
+        rows = list(order) if order is not None and epoch == 0 else drawn
+        minibatches += [rows[start : start + size] for start in range(0, num_rows, size)]
     return minibatches
 
 
 def update(
-    actors: Actors, experience: Experience, config: RTORun, mesh: Mesh, *, step: int
+    actors: Actors, minibatches: Iterable[Experience], config: RTORun, mesh: Mesh, *, step: int
 ) -> list[dict[str, Mergeable]]:
-    """One pass or more over the experience: an optimizer step of policy and critic a minibatch.
+    """An optimizer step of policy and critic on each minibatch.
 
     Returns:
         What each minibatch reports, in their order; names as in docs/metrics.md.
     """
-    plan, reports = plan_updates(config), []
-    for number, rows in enumerate(minibatch_rows(len(experience), config, step=step)):
-        whole = experience.rows(rows)
+    reports: list[dict[str, Mergeable]] = []
+    for number, whole in enumerate(minibatches):
         mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
-        count = int(loss_count(whole.response_mask, config.ppo.loss_mean))
-        done = step * plan.minibatches_per_step + number
-        common = {"mesh": mesh, "micro_batch_size": config.compute.micro_batch_size}
-        lr = learning_rate(config.optimizer, done, plan)
-        loss = make_policy_loss(config.ppo, count)
-        result = train_step(actors.policy, mine, token_log_probs, loss, lr=lr, num_sums=6, **common)
-        report = _policy_report(result, lr)
-        if actors.critic:
-            lr = learning_rate(config.critic_optimizer, done, plan)
-            loss = make_value_loss(config.ppo, count)
-            result = train_step(actors.critic, mine, head_outputs, loss, lr=lr, num_sums=3, **common)
-            report |= _critic_report(result, lr)
+        tasks = tasks_of(actors.policy, actors.critic, whole, mine, config)
+        sums = accumulate(tasks, mesh, micro_batch_size=config.compute.micro_batch_size)
+        report: dict[str, Mergeable] = {}
+        for task, own in zip(tasks, sums, strict=True):
+            report |= take_optimizer_step(task.trainable, own, config, mesh, step=step, number=number)
         reports.append(report)
     return reports
+
+
+def tasks_of(
+    policy: Trainable | None, critic: Trainable | None, whole: Experience, mine: Experience, config: RTORun
+) -> list[Task]:
+    """What a minibatch asks of the roles that this rank trains.
+
+    Args:
+        whole: all rows of the minibatch: the loss is a mean over these.
+        mine: this replica's rows.
+    """
+    count, tasks = int(loss_count(whole.response_mask, config.ppo.loss_mean)), []
+    if policy:
+        tasks.append(Task(policy, mine, token_log_probs, make_policy_loss(config.ppo, count), num_sums=6))
+    if critic:
+        tasks.append(Task(critic, mine, head_outputs, make_value_loss(config.ppo, count), num_sums=3))
+    return tasks
+
+
+def take_optimizer_step(
+    trainable: Trainable, sums: Tensor, config: RTORun, mesh: Mesh, *, step: int, number: int
+) -> dict[str, Mergeable]:
+    """The optimizer step of minibatch `number` of a step, whose gradients are there; what it reports."""
+    plan, is_policy = plan_updates(config), trainable.name == "policy"
+    optimizer = config.optimizer if is_policy else config.critic_optimizer
+    lr = learning_rate(optimizer, step * plan.minibatches_per_step + number, plan)
+    result = finish(trainable, sums, mesh, lr=lr)
+    return _policy_report(result, lr) if is_policy else _critic_report(result, lr)
 
 
 def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:

@@ -1,0 +1,118 @@
+"""The roles of an interleaved run, as far as this rank holds them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rto_megatron.config.parallel import ParallelConfig
+from rto_megatron.config.run import RTORun
+from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.checkpoint import Checkpoint
+from rto_megatron.distributed.mesh import Mesh, check_seed, role_mesh, seed_streams
+from rto_megatron.distributed.optimizer import Trainable, make_trainable
+from rto_megatron.distributed.refit import Refit
+from rto_megatron.distributed.runtime import Runtime, rank
+from rto_megatron.models.gpt import Kind, PolicyModel
+from rto_megatron.models.heads import ScalarModel
+from rto_megatron.schedule.cast import Cast
+from rto_megatron.stages.actors import Judges, load_judges
+from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.rules import check_run, roles_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Players:
+    """What this rank holds of each role; None of those that are elsewhere."""
+
+    group: int
+    """This rank's group of the schedule."""
+    policy_mesh: Mesh | None
+    critic_mesh: Mesh | None
+    own_mesh: Mesh
+    """Of its group: where it writes and scores."""
+    policy: Trainable[PolicyModel] | None
+    critic: Trainable[ScalarModel] | None
+    writer: PolicyModel | None
+    """The weights that write: the policy's own, or a copy in the layout of the rollout ranks."""
+    judges: Judges | None
+    """The frozen roles, where it scores."""
+    old_policy: PolicyModel | None
+    """What scores as the policy: its own weights, or a copy of those that wrote."""
+    old_critic: ScalarModel | None
+    refits: dict[str, list[Refit]]
+    """`engine`, `scorer` -> what a refit item of that role moves; the same on all ranks."""
+    tokenizer: Tokenizer
+    parents: dict[str, Checkpoint]
+
+    def refit(self, role: str) -> int:
+        """Take this rank's part in moving new weights to `engine` or `scorer`; bytes that it received."""
+        return sum(refit.run() for refit in self.refits[role] if rank() in refit.ranks)
+
+
+def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -> Players:
+    """Load the roles that this rank has; all ranks of the world take part.
+
+    Args:
+        moves: whether weights may move while responses that they wrote are unscored.
+
+    Raises:
+        ConfigError, CheckpointError: as `check_run` and `load_role`.
+    """
+    check_seed(config.seed)
+    parents = check_run(config, cast.policy.num_replicas)
+    starts = {role.name: role.path for role in roles_of(config)}
+    meshes = {
+        name: role_mesh(troupe.parallel, runtime, ranks=troupe.ranks)
+        for name, troupe in (("policy", cast.policy), ("engine", cast.engine), ("critic", cast.critic))
+    }
+    group, place = cast.group_of(rank()), cast.placement
+    own = meshes["policy"] or meshes["engine"] or meshes["critic"]
+    assert own is not None, "every rank has a role"
+    seed_streams(config.seed, own)
+
+    def load(path: Path, kind: Kind, mesh: Mesh | None, parallel: ParallelConfig, *, frozen: bool) -> Any:
+        temperature = config.rollout.log_prob_temperature
+        more = {"parallel": parallel, "compute": config.compute, "temperature": temperature, "seed": config.seed}
+        return load_role(path, kind, mesh, frozen=frozen, **more)[0]
+
+    scores = group in place.scorers
+    judges = load_judges(config, own if scores else None)
+    policy = load(starts["policy"], "policy", meshes["policy"], cast.policy.parallel, frozen=False)
+    critic = None
+    if "critic" in starts:
+        critic = load(starts["critic"], "value", meshes["critic"], cast.critic.parallel, frozen=False)
+    writer, refits = policy, {"engine": [], "scorer": []}
+    if not place.shares_weights:
+        writer = load(starts["policy"], "policy", meshes["engine"], cast.engine.parallel, frozen=True)
+        refits["engine"].append(Refit(policy, writer))
+    old_policy, old_critic = policy, critic
+    if snapshots := place.snapshots(moves=moves):
+        mesh = own if group in snapshots else None
+        copy = load(starts["policy"], "policy", mesh, config.parallel, frozen=True)
+        refits["scorer"].append(Refit(policy, copy))
+        old_policy = copy or policy
+        if "critic" in starts:
+            copy = load(starts["critic"], "value", mesh, config.parallel, frozen=True)
+            refits["scorer"].append(Refit(critic, copy))
+            old_critic = copy or critic
+    return Players(
+        group=group,
+        policy_mesh=meshes["policy"],
+        critic_mesh=meshes["critic"] if critic is not None else None,
+        own_mesh=own,
+        policy=_trainable("policy", policy, config, meshes["policy"]),
+        critic=_trainable("critic", critic, config, meshes["critic"]),
+        writer=writer,
+        judges=judges if scores else None,
+        old_policy=old_policy,
+        old_critic=old_critic,
+        refits=refits,
+        tokenizer=tokenizer_of(parents["policy"]),
+        parents=parents,
+    )
+
+
+def _trainable(name: str, model: Any, config: RTORun, mesh: Mesh | None) -> Any:
+    if model is None or mesh is None:
+        return None
+    return make_trainable(name, model, config.optimizer if name == "policy" else config.critic_optimizer, mesh)

@@ -123,7 +123,7 @@ def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, c
     assert main(["simulate", str(run_yaml), *words]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"split, 3 groups: [\d.e-]+ seconds per step", printed)
-    assert re.search(r"^   0 .*D.*\n   1 .*T.*\n   2 .*T", printed, re.M)
+    assert re.search(r"^   0 .*T.*\n   1 .*T.*\n   2 .*D", printed, re.M)
     told = read_trace(tmp_path / "told.jsonl")
     assert sum(row.samples for row in told if row.kind == "score") == 3 * 32
 

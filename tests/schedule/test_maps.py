@@ -66,9 +66,11 @@ CASES = {
         1, [], 2, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.score=rollout"],
     ),
     "split 2 + 2": (2, [LANES], 4, ["--schedule.map=split", "--schedule.rollout_ranks=2", "--schedule.score=all"]),
-    "split 2 + 1 + 1, critic alone": (
-        2, [TENSOR], 4,
-        ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.rollout.tensor=1",
-         "--schedule.critic_ranks=1", "--schedule.critic.tensor=1"],
+    "split 1 + 1 + 1, critic alone": (
+        1, [], 3, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.critic_ranks=1"],
     ),
+    "split 2 + 1, rollout in another layout": (
+        2, [TENSOR], 3, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.rollout.tensor=1"],
+    ),
+    "split 2 + 2, pipelines": (2, [PIPELINE], 4, ["--schedule.map=split", "--schedule.rollout_ranks=2"]),
 }

@@ -1,19 +1,21 @@
-"""Checkpoints of roles that live on ranks of their own: any placement reads what another has written."""
+"""Roles that live on ranks of their own: they train while others do not, and any placement reads any checkpoint."""
 
 import pytest
 import torch
 
+from rto_megatron.batch import SFTBatch
 from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.checkpoint import Manifest, load_optimizer, load_weights, open_checkpoint
 from rto_megatron.distributed.collectives import gather_objects
-from rto_megatron.distributed.mesh import role_mesh
+from rto_megatron.distributed.mesh import role_mesh, seed_streams
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.distributed.save import Saver
 from rto_megatron.distributed.shards import optimizer_shards, shards
+from rto_megatron.distributed.step import token_log_probs, train_step
 from rto_megatron.models.gpt import build_model
 from tests.ranks import run_ranks
 
@@ -103,3 +105,34 @@ def test_a_run_goes_from_placement_to_placement_and_back_with_every_bit(tmp_path
     for i, (world, places) in enumerate(hops):
         for found in run_ranks(move, world, places, tmp_path / f"{i}", tmp_path / f"{i + 1}", distributed):
             assert_same(found, want)
+
+
+def loss(output, batch):
+    total = -output[..., 0].sum() / 16
+    return total, total.detach()[None]
+
+
+def three_steps(layout, ranks):
+    """(loss, gradient norm) of three steps of a policy; None on ranks without it, which do nothing."""
+    policy = place({"policy": (layout, ranks)}, True)["policy"]
+    if policy is None:
+        return None
+    mesh = role_mesh(ParallelConfig(**layout), start_runtime(threads=1), ranks=range(*ranks))
+    seed_streams(0, mesh)
+    tokens = torch.arange(32).reshape(4, 8)[mesh.data.rank :: mesh.data.size]
+    mask = torch.arange(8).expand_as(tokens) >= 4
+    batch = SFTBatch(tokens=tokens, num_tokens=torch.full((len(tokens),), 8), response_mask=mask)
+    options = {"micro_batch_size": 1, "lr": 1e-2, "num_sums": 1}
+    done = [train_step(policy, batch, token_log_probs, loss, mesh, **options) for _ in range(3)]
+    return [number for result in done for number in (result.sums.item(), result.grad_norm)]
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"tensor": 2, "sequence": True}, {"pipeline": 2}, {}], ids=str)
+def test_a_policy_trains_on_some_ranks_while_the_others_do_nothing(layout):
+    (alone,) = run_ranks(three_steps, 1, {}, (0, 1))
+    assert run_ranks(three_steps, 3, layout, (1, 3)) == [
+        None,
+        pytest.approx(alone, abs=1e-4),
+        pytest.approx(alone, abs=1e-4),
+    ]
+    assert alone[0] > alone[2] > alone[4]

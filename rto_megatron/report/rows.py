@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from rto_megatron.errors import DataError
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Row, meet
 from rto_megatron.schedule.work import KINDS
 
 FIELDS = {field.name: field.type for field in fields(Row)}
@@ -16,7 +16,7 @@ LONGEST = 1e9
 
 
 def read_run(run_dir: Path) -> tuple[list[Row], list[str]]:
-    """Rows of all ranks of a run, and notes on what its files held beside them.
+    """Rows of all ranks of a run, and notes on what its files held beside them; an item begins when all have come.
 
     Raises:
         DataError: there is no trace, or a line of it is damaged; a torn last line only makes a note.
@@ -41,7 +41,7 @@ def read_run(run_dir: Path) -> tuple[list[Row], list[str]]:
     num_starts = max(map(len, starts.values()))
     if num_starts > 1:
         notes.append(f"started {num_starts} times; what was run again is shown once, and the time between is left out")
-    return join_starts(starts), notes
+    return meet(join_starts(starts)), notes
 
 
 def _files(run_dir: Path) -> dict[int, Path]:

@@ -5,7 +5,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ LETTERS: dict[Kind, str] = {
     "refit": "r",
     "boundary": "|",
 }
+TOGETHER: tuple[Kind, ...] = ("proximal", "optimizer", "refit", "boundary")
+"""Kinds whose items several groups do together; each does items of other kinds by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,33 @@ class Row:
     def seconds(self) -> float:
         """How long it took."""
         return self.end - self.start
+
+
+def meet(rows: Iterable[Row]) -> list[Row]:
+    """Measured rows, of which each begins when the last rank of its item had come: waiting for it is idle time.
+
+    A rank writes down when it came itself. All ranks of a group meet in each item, and all groups in what they do
+    together.
+    """
+    rows = list(rows)
+    begun: dict[tuple, float] = {}
+    for row in rows:
+        begun[_meeting(row)] = max(row.start, begun.get(_meeting(row), row.start))
+    # not after its end: one that only sends need not wait for who receives
+    return [replace(row, start=min(row.end, begun[_meeting(row)])) for row in rows]
+
+
+def _meeting(row: Row) -> tuple:
+    return row.key[1:] if row.kind in TOGETHER else row.key
+
+
+def of_leaders(rows: Iterable[Row]) -> list[Row]:
+    """One row an item and group, as a simulated trace has them: of each group's lowest rank."""
+    rows = list(rows)
+    leaders: dict[int, int] = {}
+    for row in rows:
+        leaders[row.group] = min(row.rank, leaders.get(row.group, row.rank))
+    return [row for row in rows if row.rank == leaders[row.group]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,3 +139,10 @@ def test_starts_are_told_in_a_note(tmp_path):
     assert read_run(tmp_path)[1] == [
         "started 2 times; what was run again is shown once, and the time between is left out"
     ]
+
+
+def test_waiting_for_those_who_come_later_is_no_part_of_an_item(tmp_path):
+    mine, theirs = row(kind="optimizer", start=0.0, end=5.0), row(kind="optimizer", start=4.0, end=5.0)
+    write(tmp_path, 0, [mine])
+    write(tmp_path, 1, [theirs | {"rank": 1, "group": 1}])
+    assert [(found.start, found.end) for found in read_run(tmp_path)[0]] == [(4, 5), (4, 5)]

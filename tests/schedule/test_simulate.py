@@ -1,6 +1,7 @@
 """The simulator: traces, replayed and fitted."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, fused, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
 from rto_megatron.schedule.simulate import replay
-from rto_megatron.schedule.trace import Row, draw, read_trace, summarise, write_trace
+from rto_megatron.schedule.trace import Row, draw, meet, of_leaders, read_trace, summarise, write_trace
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 
@@ -83,6 +84,26 @@ def test_a_summary_worked_by_hand():
     assert found.idle_frac == 3 / 12
     assert found.overlap == pytest.approx(1 / 6)  # from 3 to 4; prefill and decode are both writing
     assert (found.busy["decode"], found.busy["score"]) == (2.5, 1.5)
+
+
+def measured(group, rank, kind, start, end):
+    return replace(row(group, kind, start, end), rank=rank)
+
+
+def test_what_groups_do_together_begins_when_the_last_has_come_and_other_items_when_their_own_group_has():
+    came = [measured(0, 0, "refit", 1, 9), measured(1, 1, "refit", 4, 8), measured(1, 2, "refit", 3, 8)]
+    assert [(found.start, found.end) for found in meet(came)] == [(4, 9), (4, 8), (4, 8)]
+    came = [measured(0, 0, "train", 1, 9), measured(1, 1, "train", 4, 8), measured(1, 2, "train", 3, 8)]
+    assert [(found.start, found.end) for found in meet(came)] == [(1, 9), (4, 8), (4, 8)]
+
+
+def test_who_has_sent_before_the_last_has_come_did_it_in_no_time():
+    assert [found.seconds for found in meet([measured(0, 0, "refit", 1, 2), measured(1, 1, "refit", 4, 8)])] == [0, 4]
+
+
+def test_the_lowest_rank_of_a_group_speaks_for_it():
+    ran = [measured(1, 5, "decode", 0, 2), measured(1, 3, "decode", 0, 1), measured(0, 0, "decode", 0, 3)]
+    assert [found.rank for found in of_leaders(ran)] == [3, 0]
 
 
 def test_a_timeline_is_a_line_a_group():

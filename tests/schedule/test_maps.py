@@ -53,24 +53,52 @@ def sequential(chain, tmp_path_factory):
     return run
 
 
-TENSOR, PIPELINE = "--parallel.tensor=2", "--parallel.pipeline=2"
-LANES = "--schedule.lanes=2"
+TENSOR, PIPELINE, LANES = "--parallel.tensor=2", "--parallel.pipeline=2", "--schedule.lanes=2"
+LOGICAL, SPLIT, DELAYS = "--schedule.minibatches=logical", "--schedule.map=split", "--schedule.delay_seconds=0.3"
+
+
+def split(rollout: int, critic: int = 0, *more: str) -> list[str]:
+    return [SPLIT, f"--schedule.rollout_ranks={rollout}", f"--schedule.critic_ranks={critic}", *more]
+
+
 CASES = {
-    # name: (training ranks, training layout, ranks of the map, words of the map)
+    # name: (ranks that train in the sequential run, what both runs are told, ranks of the map, what only it is told)
     "colocated": (2, [LANES], 2, ["--schedule.map=colocated"]),
     "fused": (2, [LANES], 2, ["--schedule.map=fused"]),
+    "fused, in two epochs": (1, ["--ppo.num_epochs=2"], 1, ["--schedule.map=fused"]),
     "colocated, tensor 2": (2, [TENSOR], 2, ["--schedule.map=colocated"]),
     "fused, pipeline 2": (2, [PIPELINE], 2, ["--schedule.map=fused"]),
-    "split 1 + 1": (1, [], 2, ["--schedule.map=split", "--schedule.rollout_ranks=1"]),
-    "split 1 + 1, rollout ranks score": (
-        1, [], 2, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.score=rollout"],
+    "split 1 + 1": (1, [], 2, split(1)),
+    "split 1 + 1, rollout ranks score": (1, [], 2, split(1, 0, "--schedule.score=rollout")),
+    "split 2 + 2, all score": (2, [LANES], 4, split(2, 0, "--schedule.score=all")),
+    "split 2 + 2, pipelines": (2, [PIPELINE], 4, split(2)),
+    "split 1 + 1 + 1, critic alone": (1, [], 3, split(1, 1)),
+    "split without a critic": (1, ["--advantage.estimator=reinforce_pp"], 2, split(1)),
+    "fused, logical minibatches": (2, [LANES, LOGICAL], 2, ["--schedule.map=fused"]),
+    "split 1 + 1, early minibatches": (1, [LOGICAL], 2, split(1)),
+    "split 1 + 1 + 1, early minibatches, critic alone": (1, [LOGICAL], 3, split(1, 1)),
+    "split 2 + 2, early, tensor 2, rollout ranks score": (
+        2,
+        [LOGICAL, TENSOR],
+        4,
+        split(2, 0, "--schedule.score=rollout"),
     ),
-    "split 2 + 2": (2, [LANES], 4, ["--schedule.map=split", "--schedule.rollout_ranks=2", "--schedule.score=all"]),
-    "split 1 + 1 + 1, critic alone": (
-        1, [], 3, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.critic_ranks=1"],
-    ),
-    "split 2 + 1, rollout in another layout": (
-        2, [TENSOR], 3, ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.rollout.tensor=1"],
-    ),
-    "split 2 + 2, pipelines": (2, [PIPELINE], 4, ["--schedule.map=split", "--schedule.rollout_ranks=2"]),
 }
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_map_ends_with_the_bits_of_the_sequential_run(name, sequential, chain, tmp_path):
+    world, common, ranks, own = CASES[name]
+    run_ranks(train, ranks, chain, words(tmp_path / "rto", *common, *own, DELAYS), timeout=200)
+    assert result(tmp_path / "rto") == sequential(world, *common)
+
+
+def test_rollouts_in_a_layout_of_their_own_give_the_same_weights(sequential, chain, tmp_path):
+    """Decoding rounds otherwise there, which moves no token here; what is trained on comes from the scorers."""
+    own = split(1, 0, "--schedule.rollout.tensor=1")
+    run_ranks(train, 3, chain, words(tmp_path / "rto", TENSOR, *own), timeout=200)
+    assert result(tmp_path / "rto")[0] == sequential(2, TENSOR)[0]
+
+
+def test_early_minibatches_are_another_algorithm(sequential):
+    assert sequential(1, LOGICAL)[0] != sequential(1)[0]

@@ -8,10 +8,11 @@ from rto_megatron.config.load import print_options, split_options
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
-from rto_megatron.planner.search import Planned, plan
-from rto_megatron.schedule.limits import latency_bound, resource_bound
+from rto_megatron.planner.search import SCORED, Planned, plan
+from rto_megatron.planner.told import show_bounds, show_memory, show_phases
+from rto_megatron.schedule.limits import longest_chain, resource_bound
 from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu
-from rto_megatron.schedule.work import KINDS, Sizes
+from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 
 
@@ -81,53 +82,40 @@ def _show(
             planned.candidate.layout.train_tensor,
             planned.candidate.layout.pipeline,
             planned.slots,
-            planned.seconds,
-            planned.summary.idle_frac,
-            planned.summary.overlap,
+            planned.timed.seconds,
+            planned.timed.idle / planned.timed.seconds,
+            planned.timed.overlap,
         )
         for planned in found[: options.shown]
     ]
     console.table(f"{options.model} on {num_gpus} {options.gpu}: seconds per step", columns, rows)
-    console.table(
-        "the best: share of all ranks' time",
-        ["phase", "share"],
-        [(kind, best.summary.busy[kind] / best.summary.makespan) for kind in KINDS]
-        + [("idle", best.summary.idle_frac)],
+    console.say(f"best: {_described(best)}")
+    others = [planned for planned in found if planned.candidate.placement.name != best.candidate.placement.name]
+    for planned in others[:1]:
+        console.say(
+            f"next best map: {_described(planned)}, {planned.timed.seconds / best.timed.seconds - 1:.0%} slower"
+        )
+    console.say("")
+    show_phases(console, best.timed)
+    show_memory(console, best.memory, limit=gpu.memory)
+    lengths = workload.lengths(0, options.samples)
+    sizes = Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
+    work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=SCORED)
+    alone = longest_chain(
+        best.cost,
+        best.candidate.placement,
+        prompt_tokens=workload.prompt_tokens,
+        max_new_tokens=max(lengths),
+        minibatch=options.minibatch,
+        mean_tokens=workload.prompt_tokens + sum(lengths) / len(lengths),
+        staleness=best.candidate.staleness,
     )
-    parts = sorted({part for rank in best.memory.values() for part in rank})
-    console.table(
-        "the best: GiB of the fullest rank",
-        ["part", *best.memory],
-        [(part, *(rank.get(part, 0.0) / 2**30 for rank in best.memory.values())) for part in parts],
-    )
-    known = workload.known(
-        0, Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
-    )
-    work = resource_bound(model, gpu, known, workload.lengths(0, options.samples), num_gpus=num_gpus)
-    alone = latency_bound(
-        model,
-        gpu,
-        max_new_tokens=workload.max_new_tokens,
-        context=workload.prompt_tokens + workload.max_new_tokens / 2,
-        tensor=best.candidate.layout.engine_tensor,
-    )
-    console.say(
-        f"no schedule is faster than {work:.3g} s (all work, no gap); the longest response alone takes {alone:.3g} s"
-    )
-    console.say(f"what binds: {what_binds(best, alone)}")
+    show_bounds(console, best.timed, work=work, alone=alone)
 
 
-def what_binds(planned: Planned, alone: float) -> str:
-    """In words, what the step's time goes to."""
-    busy = planned.summary.busy
-    shares = {
-        "writing responses": busy["prefill"] + busy["decode"],
-        "scoring": busy["score"],
-        "training": busy["train"] + busy["optimizer"],
-        "waiting": planned.summary.idle_frac * planned.summary.makespan,
-    }
-    largest = max(shares, key=lambda name: shares[name])
-    share = shares[largest] / planned.summary.makespan
-    if largest == "writing responses" and alone > 0.5 * share * planned.seconds:
-        largest = "the latency of the longest responses"
-    return f"{largest}, {share:.0%} of all ranks' time"
+def _described(planned: Planned) -> str:
+    layout = planned.candidate.layout
+    return (
+        f"{planned.candidate.name}; engines TP {layout.engine_tensor}, training TP {layout.train_tensor} x PP "
+        f"{layout.pipeline}: {planned.timed.seconds:.3g} s a step"
+    )

@@ -1,25 +1,35 @@
 """Every role map and layout of so many GPUs, with memory and simulated seconds; those that do not fit are left out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-from rto_megatron.doctor.memory import Model, activation_bytes, model_bytes
+from rto_megatron.doctor.memory import Model
 from rto_megatron.errors import ConfigError
+from rto_megatron.models.gpt import Kind
+from rto_megatron.planner.memory import LEARN, Setting, always, by_phase, cache_bytes_of_a_token, ranks_of
+from rto_megatron.planner.told import Memory, Timed, timed
 from rto_megatron.schedule.limits import CACHE_FRAC, decode_seconds
 from rto_megatron.schedule.placement import RoleMap, colocated, fused, split
-from rto_megatron.schedule.rooflines import GPUS_PER_NODE, Gpu, Layout, Roofline, cache_bytes_per_token
-from rto_megatron.schedule.trace import Summary, summarise
+from rto_megatron.schedule.rooflines import GPUS_PER_NODE, Gpu, Layout, Roles, Roofline
 from rto_megatron.schedule.work import Sizes
-from rto_megatron.schedule.workload import Workload, seconds_per_step
+from rto_megatron.schedule.workload import Workload
 
 COMPUTE = ComputeConfig(dtype="bfloat16", recompute="selective", micro_batch_size=1)
-FROZEN = (("reference", "policy"), ("dpo", "policy"), ("reward_model", "value"))
-TRAINED = (("policy", "policy"), ("critic", "value"))
-LIBRARIES = 4 << 30
-"""Of a GPU: CUDA context, communication buffers, fragmentation. A usual value, not a measured one."""
+ROLES: tuple[tuple[str, Kind], ...] = (
+    ("policy", "policy"),
+    ("critic", "value"),
+    ("reference", "policy"),
+    ("dpo", "policy"),
+    ("reward_model", "value"),
+)
+SCORED = Roles(scored=len(ROLES))
+"""The trainer asks every role, the policy for its old log-probs too."""
+PACK_TOKENS = 8192
+SPLITS = (1, 2, 3, 4, 5)
+"""Eighths of the GPUs that write."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,10 @@ class Candidate:
         if self.placement.name == "split":
             writing = len(self.placement.engines) * self.layout.engine_ranks
             how.append(f"{writing}+{len(self.placement.policy) * self.layout.train_ranks}")
+            if self.placement.critic != self.placement.policy:
+                how[-1] += f"+{len(self.placement.critic) * self.layout.train_ranks} for the critic"
+            who = {self.placement.engines: "engines score", self.placement.policy: ""}
+            how += [word for word in [who.get(self.placement.scorers, "all score")] if word]
         how += ["one step off"] * self.staleness + ["early minibatches"] * self.early
         return ", ".join(how)
 
@@ -47,56 +61,97 @@ class Planned:
     """A candidate that fits, and what the simulator says of it."""
 
     candidate: Candidate
-    memory: dict[str, dict[str, float]]
-    """Kind of rank (`writes`, `trains`) -> part -> bytes on the fullest rank."""
+    memory: Memory
     slots: int
     """Of a lane: what the cache has room for."""
-    seconds: float
-    """Of a step."""
-    summary: Summary
+    timed: Timed
+    cost: Roofline
 
 
 def plan(
     model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload, samples: int, minibatch: int, max_staleness: int
 ) -> list[Planned]:
-    """All that fits, the fastest first.
+    """All that fits, the fastest first. Of the split maps the fastest are tried with other scorers and critics too.
 
     Raises:
         ConfigError: nothing fits.
     """
-    found = []
-    for candidate in candidates(model, gpu, num_gpus=num_gpus, workload=workload, max_staleness=max_staleness):
-        if len(candidate.placement.engines) > samples or len(candidate.placement.policy) > minibatch:
-            continue
-        memory, slots = memory_of(candidate, model, gpu, workload)
-        if slots < 1:
-            continue
-        sizes = Sizes(
-            num_steps=3,
-            samples=samples,
-            minibatch=minibatch,
-            lanes=len(candidate.placement.engines),
-            slots=min(slots, samples),
-            slice_steps=max(16, workload.max_new_tokens // 32),
-            prefill_tokens=1 << 18,
-            pack_steps=max(16, workload.max_new_tokens // 16),
+    tried = list(candidates(model, gpu, num_gpus=num_gpus, workload=workload, max_staleness=max_staleness))
+    many = [one for one in tried if len(one.placement.engines) <= samples and len(one.placement.policy) <= minibatch]
+    if tried and not many:
+        raise ConfigError(
+            f"samples: {samples} samples in minibatches of {minibatch} are too few for {num_gpus} GPUs: every group "
+            "that writes or trains needs one; take more samples or fewer nodes"
         )
-        cost = Roofline(model, gpu, candidate.placement, candidate.layout)
-        rows = workload.run(cost, sizes, candidate.placement, staleness=candidate.staleness, early=candidate.early)
-        found.append(
-            Planned(
-                candidate=candidate,
-                memory=memory,
-                slots=slots,
-                seconds=seconds_per_step(rows),
-                summary=summarise(rows, candidate.placement.groups),
-            )
-        )
+
+    def all_timed(some: Iterable[Candidate]) -> list[Planned]:
+        timed = (_timed(one, model, gpu, workload, samples=samples, minibatch=minibatch) for one in some)
+        return sorted((one for one in timed if one), key=lambda planned: planned.timed.seconds)
+
+    found = all_timed(many)
+    found += all_timed(other for planned in _best_splits(found) for other in _variants(planned.candidate, minibatch))
     if not found:
         raise ConfigError(
-            f"nodes: no map and layout fits the model into {num_gpus} GPUs; take more nodes or a larger GPU"
+            f"nodes: no map and layout fits the model, its training and one response of {workload.max_new_tokens} "
+            f"tokens into {num_gpus} GPUs; take more nodes, a larger GPU or a smaller max_new_tokens"
         )
-    return sorted(found, key=lambda planned: planned.seconds)
+    return sorted(found, key=lambda planned: planned.timed.seconds)
+
+
+def _timed(
+    candidate: Candidate, model: ModelConfig, gpu: Gpu, workload: Workload, *, samples: int, minibatch: int
+) -> Planned | None:
+    """Simulate a candidate; None where it does not fit."""
+    memory, slots = memory_of(candidate, model, gpu, workload)
+    if slots < 1:
+        return None
+    place, staleness = candidate.placement, candidate.staleness
+    sizes = Sizes(
+        num_steps=3 + 2 * staleness,
+        samples=samples,
+        minibatch=minibatch,
+        lanes=len(place.engines),
+        slots=min(slots, samples),
+        slice_steps=max(16, workload.max_new_tokens // 32),
+        prefill_tokens=1 << 18,
+        pack_tokens=PACK_TOKENS,
+        pack_steps=max(16, workload.max_new_tokens // 16),
+        waiting_packs=samples,
+    )
+    cost = Roofline(model, gpu, place, candidate.layout, roles=SCORED)
+    rows = workload.run(cost, sizes, place, staleness=staleness, early=candidate.early)
+    return Planned(
+        candidate=candidate,
+        memory=memory,
+        slots=slots,
+        timed=timed(rows, [cost.ranks(group) for group in place.groups], staleness=staleness),
+        cost=cost,
+    )
+
+
+def _best_splits(found: Sequence[Planned]) -> Iterator[Planned]:
+    """The fastest split map with and without early minibatches and staleness."""
+    seen: set[tuple[bool, int]] = set()
+    for planned in found:
+        one = planned.candidate
+        if one.placement.name == "split" and (one.early, one.staleness) not in seen:
+            seen.add((one.early, one.staleness))
+            yield planned
+
+
+def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
+    """A split map where others score too, or where the critic has ranks of its own."""
+    place, layout = candidate.placement, candidate.layout
+    writing, training = len(place.engines), len(place.policy)
+    ranks = max(layout.engine_ranks, layout.train_tensor)
+    if layout.pipeline == 1 and writing * layout.engine_ranks >= ranks:
+        # Engines that score hold the other roles, and themselves, in the layout of those who train.
+        alike = replace(layout, engine_tensor=layout.train_tensor, engine_ranks=ranks)
+        for score in ("all", "rollout"):
+            placement = split(writing * layout.engine_ranks // ranks, training, score=score)
+            yield replace(candidate, placement=placement, layout=alike)
+    if training > 1 and training // 2 <= minibatch:
+        yield replace(candidate, placement=split(writing, training - training // 2, training // 2))
 
 
 def candidates(
@@ -108,7 +163,7 @@ def candidates(
         both = replace(layout, engine_ranks=together, train_ranks=together)
         for make in (colocated, fused):
             yield Candidate(placement=make(num_gpus // together), layout=both, staleness=0, early=False)
-        for eighths in (1, 2, 3, 4, 5):
+        for eighths in SPLITS:
             writing = num_gpus * eighths // 8 // layout.engine_ranks
             training = (num_gpus - writing * layout.engine_ranks) // layout.train_ranks
             if writing and training:
@@ -136,8 +191,8 @@ def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload)
                     pipeline=pipeline,
                 )
                 trial = Candidate(placement=split(1, 1), layout=layout, staleness=0, early=False)
-                memory, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
-                if slots >= 1 and sum(memory["trains"].values()) < gpu.memory:
+                _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
+                if slots >= 1:
                     alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
                     found.append((copy, alone, layout))
     fewest = sorted({copy for copy, _, _ in found})[:2]
@@ -154,46 +209,44 @@ def _divides(model: ModelConfig, engine: int, tensor: int, pipeline: int) -> boo
     return True
 
 
+def setting_of(candidate: Candidate, model: ModelConfig, workload: Workload, *, num_gpus: int | None = None) -> Setting:
+    """What the memory of a candidate depends on; `num_gpus` spreads the optimizer over all of them."""
+    layout, place = candidate.layout, candidate.placement
+    copy = layout.train_tensor * layout.pipeline
+    training = len(place.policy) * layout.train_ranks
+    optimizer = OptimizerConfig(distributed=True)
+    window = workload.prompt_tokens + workload.max_new_tokens
+    train = ParallelConfig(tensor=layout.train_tensor, pipeline=layout.pipeline, sequence=layout.train_tensor > 1)
+    return Setting(
+        models=[
+            Model(name=name, architecture=model, kind=kind, optimizer=optimizer if name in LEARN else None)
+            for name, kind in ROLES
+        ],
+        placement=place,
+        train=train,
+        engine=ParallelConfig(tensor=layout.engine_tensor),
+        critic=train,
+        compute=COMPUTE,
+        moves=candidate.staleness > 0 or (candidate.early and not place.shares_weights),
+        num_data=max(1, (num_gpus or training) // copy),
+        num_critic_data=max(1, (num_gpus or len(place.critic) * layout.train_ranks) // copy),
+        micro_tokens=max(window, layout.micro_tokens),
+        pack_tokens=max(window, PACK_TOKENS),
+    )
+
+
 def memory_of(
     candidate: Candidate, model: ModelConfig, gpu: Gpu, workload: Workload, *, num_gpus: int | None = None
-) -> tuple[dict[str, dict[str, float]], int]:
-    """Bytes of the fullest rank that writes and of the fullest that trains, and the slots that the cache has room for.
+) -> tuple[Memory, int]:
+    """Bytes by kind of rank, phase and part, and the slots of a group that writes: 0 where something has no room.
 
-    Where a rank does both, its engine has weights of its own unless both have one layout.
+    Where a rank both writes and trains, its engine has weights of its own unless both have one layout.
     """
-    layout, place = candidate.layout, candidate.placement
-    window = workload.prompt_tokens + workload.max_new_tokens
-    parallel = ParallelConfig(tensor=layout.train_tensor, pipeline=layout.pipeline, sequence=layout.train_tensor > 1)
-    num_data = (num_gpus or len(place.policy) * layout.train_ranks) // (layout.train_tensor * layout.pipeline)
-    optimizer = OptimizerConfig(distributed=True)
-
-    def bytes_of(name: str, kind: str, learns: bool) -> float:
-        built = Model(name=name, architecture=model, kind=kind, optimizer=optimizer if learns else None)  # type: ignore[arg-type]
-        return max(
-            model_bytes(built, parallel, COMPUTE, stage=stage, num_data=max(1, num_data)).total
-            for stage in range(layout.pipeline)
-        )
-
-    trains = {name: bytes_of(name, kind, True) for name, kind in TRAINED}
-    trains |= {name: bytes_of(name, kind, False) for name, kind in FROZEN}
-    if place.snapshots(moves=candidate.early or candidate.staleness > 0):
-        trains["critic snapshot"] = bytes_of("critic", "value", False)
-    trains["activations"] = activation_bytes(model, parallel, COMPUTE, tokens=max(window, layout.micro_tokens))
-    trains["libraries"] = LIBRARIES
-    engine = ParallelConfig(tensor=layout.engine_tensor)
-    weights = model_bytes(
-        Model(name="engine", architecture=model, kind="policy", optimizer=None), engine, COMPUTE, stage=0, num_data=1
-    ).total
-    writes: dict[str, float] = {"engine": weights, "libraries": LIBRARIES}
-    if place.shares_weights:
-        same = (layout.engine_tensor, 1) == (layout.train_tensor, layout.pipeline)
-        # activations are gone while it writes, so the cache has their place
-        writes = {name: size for name, size in trains.items() if name != "activations"}
-        writes |= {} if same else {"engine": weights}
-    room = CACHE_FRAC * gpu.memory - sum(writes.values())
-    a_slot = window * cache_bytes_per_token(model) / layout.engine_tensor
+    setting = setting_of(candidate, model, workload, num_gpus=num_gpus)
+    kinds, layout = ranks_of(setting), candidate.layout
+    room = CACHE_FRAC * gpu.memory - max(sum(always(setting, rank).values()) for rank in kinds if rank.writes)
+    a_slot = (workload.prompt_tokens + workload.max_new_tokens) * cache_bytes_of_a_token(setting)
     slots = int(room // a_slot) * (layout.engine_ranks // layout.engine_tensor) if room > 0 else 0
-    if sum(trains.values()) > gpu.memory:
-        slots = 0
-    writes["cache"] = max(0.0, room)
-    return {"writes": writes, "trains": trains}, slots
+    memory = {rank.name: by_phase(setting, rank, cache=max(0.0, room)) for rank in kinds}
+    fits = all(sum(held.values()) <= gpu.memory for phases in memory.values() for held in phases.values())
+    return memory, slots if fits else 0

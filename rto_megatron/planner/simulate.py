@@ -1,98 +1,91 @@
-"""`python -m rto_megatron simulate RUN.yaml`: the steps of a config on a role map, timed by a trace or by rooflines."""
+"""`python -m rto_megatron simulate RUN.yaml`: a config's steps on its own map, timed by a trace or by rooflines."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import open_checkpoint
-from rto_megatron.errors import ConfigError
+from rto_megatron.doctor.memory import Model
+from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console
+from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
+from rto_megatron.planner.told import Memory, Timed, show_bounds, show_memory, show_phases, timed
+from rto_megatron.schedule.cast import Cast, cast_of, sizes_of
 from rto_megatron.schedule.fit import Fitted
-from rto_megatron.schedule.placement import RoleMap, colocated, fused, split
+from rto_megatron.schedule.limits import longest_chain, resource_bound
 from rto_megatron.schedule.rooflines import GPUS, Layout, Roles, Roofline
 from rto_megatron.schedule.simulate import Cost
-from rto_megatron.schedule.trace import Row, draw, read_trace, summarise, write_trace
-from rto_megatron.schedule.work import KINDS, Sizes
-from rto_megatron.schedule.workload import Workload, seconds_per_step
+from rto_megatron.schedule.trace import draw, read_trace, write_trace
+from rto_megatron.schedule.work import Sizes
+from rto_megatron.schedule.workload import Workload, padding
+from rto_megatron.stages.rules import roles_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What simulate takes beside the settings of the run."""
+    """What simulate takes beside the settings of the run, whose `schedule` says the map."""
 
-    groups: int = 1
-    """Copies of the model, of parallel.tensor x parallel.pipeline ranks each."""
-    map: Literal["colocated", "fused", "split"] = "colocated"
-    """Who writes, scores and trains: see schedule/placement.py."""
-    writing: int = 1
-    """Groups that write; of the split map."""
-    staleness: Literal[0, 1] = 0
-    """1 writes the responses of a step with the weights of the step before; split map."""
-    early: bool = False
-    """Train each minibatch once its responses have ended and are scored; split map."""
-    steps: int = 3
-    """Steps to simulate; the rate leaves out the first."""
+    ranks: int | None = None
+    """Of the whole run; null takes the fewest that parallel and schedule need."""
+    steps: int | None = None
+    """Steps to simulate; null takes the fewest that a rate can be told from."""
     prompt_tokens: int | None = None
     """Of every prompt; null takes half of rollout.max_prompt_tokens."""
     gpu: Literal["a100", "h100", "h200"] = "h100"
-    """Whose rooflines to take, where there is no trace."""
+    """Whose rooflines to take where there is no trace, and whose memory."""
     costs: Path | None = None
     """A trace whose items' seconds are fitted and taken instead of rooflines."""
     trace: Path | None = None
     """File for the simulated trace, a JSON line an item."""
 
     def __post_init__(self) -> None:
-        if self.groups < 1:
-            raise ValueError(f"groups must be 1 or more, got {self.groups}")
-        if self.steps < 2:
-            raise ValueError(f"steps must be 2 or more, got {self.steps}: the rate leaves out the first")
-        if self.map == "split" and not 1 <= self.writing < self.groups:
-            raise ValueError(f"writing must be at least 1 and below groups {self.groups}, got {self.writing}")
-        if (self.staleness or self.early) and self.map != "split":
-            raise ValueError(f"map must be split with staleness 1 or early, which need other ranks, got {self.map}")
-        if self.prompt_tokens is not None and self.prompt_tokens < 1:
-            raise ValueError(f"prompt_tokens must be 1 or more, got {self.prompt_tokens}")
-
-    def placement(self, *, critic: bool) -> RoleMap:
-        """The role map that they describe."""
-        if self.map == "split":
-            return split(self.writing, self.groups - self.writing, critic=critic)
-        return {"colocated": colocated, "fused": fused}[self.map](self.groups, critic=critic)
+        for name in ("ranks", "prompt_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more or null, got {value}")
 
 
 def main(path: Path | None, words: list[str]) -> int:
-    """Print phases, idle time and a timeline; 0."""
+    """Print phases, idle time, memory, bounds and a timeline; 0."""
     if "-h" in words or "--help" in words:
         print_options(Options, "python -m rto_megatron simulate RUN.yaml [--section.field=value ...]")
     options, words = split_options(Options, words)
     config = load_run("rto", path, words)
-    placement = options.placement(critic=config.advantage.estimator == "gae")
-    try:
-        sizes = _sizes(config, options, placement)
-        rows = _workload(config, options).run(
-            _cost(config, options, placement),
-            sizes,
-            placement,
-            staleness=options.staleness,
-            early=options.early,
+    cast = cast_of(config, options.ranks or _fewest_ranks(config))
+    staleness = config.schedule.staleness
+    fewest = 3 + 2 * staleness
+    if options.steps is not None and options.steps < fewest - 1:
+        raise ConfigError(
+            f"steps must be {fewest - 1} or more or null, got {options.steps}: the rate leaves out what only begins"
         )
+    workload = _workload(config, options)
+    try:
+        sizes = replace(sizes_of(config, cast), num_steps=options.steps or fewest)
+        cost = _cost(config, options, cast, workload, sizes)
+        early = config.schedule.minibatches == "logical"
+        rows = workload.run(cost, sizes, cast.placement, staleness=staleness, early=early)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if options.trace is not None:
         write_trace(options.trace, rows)
-    _show(Console(), options, rows)
+    console, found = Console(), timed(rows, list(map(len, cast.groups)), staleness=staleness)
+    source = f"fitted to {options.costs}" if options.costs else f"rooflines of {options.gpu}, nothing measured"
+    console.say(f"costs: {source}")
+    name = f"{cast.describe(config.schedule.map)}{', one step off' * staleness}{', early minibatches' * early}"
+    console.say(f"{name}: {found.seconds:.4g} seconds per step\n")
+    show_phases(console, found)
+    _show_memory(console, config, options, cast, sizes)
+    _show_bounds(console, config, options, cast, workload, sizes, cost, found)
+    console.say("")
+    console.say(draw(rows))
     return 0
 
 
-def _sizes(config: RTORun, options: Options, placement: RoleMap) -> Sizes:
-    return Sizes(
-        num_steps=options.steps,
-        samples=config.prompts_per_step * config.samples_per_prompt,
-        minibatch=config.samples_per_optimizer_step,
-        lanes=len(placement.engines),
-        slots=config.rollout.max_slots,
+def _fewest_ranks(config: RTORun) -> int:
+    return config.parallel.tensor * config.parallel.pipeline + (
+        config.schedule.rollout_ranks + config.schedule.critic_ranks
     )
 
 
@@ -105,32 +98,106 @@ def _workload(config: RTORun, options: Options) -> Workload:
     )
 
 
-def _cost(config: RTORun, options: Options, placement: RoleMap) -> Cost:
+def _roles(config: RTORun, workload: Workload, sizes: Sizes) -> Roles:
+    return Roles(
+        scored=len(roles_of(config)),
+        forwards=4.0 if config.compute.recompute == "full" else 3.0,
+        padding=padding(workload, sizes.samples, rows=config.compute.micro_batch_size),
+        one_stream=config.schedule.map != "sequential",
+    )
+
+
+def _cost(config: RTORun, options: Options, cast: Cast, workload: Workload, sizes: Sizes) -> Cost:
     if options.costs is not None:
         return Fitted(read_trace(options.costs))
     model = open_checkpoint(config.policy).manifest.architecture_for("policy")
-    ranks = config.parallel.tensor * config.parallel.pipeline
+    engine, policy, critic = cast.engine.parallel, cast.policy.parallel, cast.critic.parallel
+    roles, rows = _roles(config, workload, sizes), config.compute.micro_batch_size
+    mean = workload.prompt_tokens + sum(workload.lengths(0, sizes.samples)) / sizes.samples
     layout = Layout(
-        engine_ranks=ranks,
-        train_ranks=ranks,
-        engine_tensor=config.parallel.tensor,
-        train_tensor=config.parallel.tensor,
-        pipeline=config.parallel.pipeline,
+        engine_ranks=engine.tensor * engine.pipeline,
+        train_ranks=policy.tensor * policy.pipeline,
+        engine_tensor=engine.tensor,
+        engine_pipeline=engine.pipeline,
+        train_tensor=policy.tensor,
+        pipeline=policy.pipeline,
+        critic=(critic.tensor, critic.pipeline),
+        micro_tokens=max(1, round(rows * mean * roles.padding)),
+        filled=1.0,
     )
-    scorers = 2 + (config.rto.dpo_coef > 0) + (config.rto.score_coef > 0) + bool(placement.critic)
-    return Roofline(model, GPUS[options.gpu], placement, layout, roles=Roles(scored=scorers))
+    return Roofline(model, GPUS[options.gpu], cast.placement, layout, roles=roles)
 
 
-def _show(console: Console, options: Options, rows: list[Row]) -> None:
-    found = summarise(rows)
-    source = f"fitted to {options.costs}" if options.costs else f"rooflines of one {options.gpu}, nothing measured"
-    console.say(f"costs: {source}")
-    console.say(f"{options.map}, {options.groups} groups: {seconds_per_step(rows):.4g} seconds per step")
-    console.table(
-        "mean over groups, all steps",
-        ["phase", "seconds", "share"],
-        [(kind, found.busy[kind], found.busy[kind] / found.makespan) for kind in KINDS]
-        + [("idle", found.idle_frac * found.makespan, found.idle_frac)],
+def _models(config: RTORun) -> list[Model]:
+    return [
+        Model(
+            name=role.name,
+            architecture=open_checkpoint(role.path).manifest.architecture_for(role.kind),
+            kind=role.kind,
+            optimizer=role.optimizer,
+        )
+        for role in roles_of(config)
+    ]
+
+
+def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast, sizes: Sizes) -> None:
+    try:
+        models = _models(config)
+    except UserError as error:
+        if options.costs is None:
+            raise
+        console.say(f"memory is not told: it needs the checkpoints that the roles start from ({error})\n")
+        return
+    place, window = cast.placement, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    setting = Setting(
+        models=models,
+        placement=place,
+        train=cast.policy.parallel,
+        engine=cast.engine.parallel,
+        critic=cast.critic.parallel,
+        compute=config.compute,
+        moves=config.schedule.staleness > 0 or (config.schedule.minibatches == "logical" and not place.shares_weights),
+        num_data=cast.policy.num_replicas,
+        num_critic_data=cast.critic.num_replicas,
+        micro_tokens=config.compute.micro_batch_size * window,
+        pack_tokens=max(window, sizes.pack_tokens),
     )
-    console.say(f"two phases run at once in {found.overlap:.0%} of the time\n")
-    console.say(draw(rows))
+    lanes = sizes.lanes // len(place.engines)
+    slots = min(sizes.slots, len(sizes.rows(0)))
+    cache = lanes * slots * window * cache_bytes_of_a_token(setting)
+    memory: Memory = {rank.name: by_phase(setting, rank, cache=cache) for rank in ranks_of(setting)}
+    show_memory(console, memory, limit=GPUS[options.gpu].memory)
+
+
+def _show_bounds(
+    console: Console,
+    config: RTORun,
+    options: Options,
+    cast: Cast,
+    workload: Workload,
+    sizes: Sizes,
+    cost: Cost,
+    found: Timed,
+) -> None:
+    lengths = workload.lengths(0, sizes.samples)
+    if isinstance(cost, Roofline):
+        work = resource_bound(
+            cost.model,
+            cost.gpu,
+            workload.known(0, sizes),
+            lengths,
+            num_gpus=sum(map(len, cast.groups)),
+            roles=cost.roles,
+        )
+    else:
+        work = found.seconds - found.idle - found.phases["boundary"]
+    alone = longest_chain(
+        cost,
+        cast.placement,
+        prompt_tokens=workload.prompt_tokens,
+        max_new_tokens=max(lengths),
+        minibatch=sizes.minibatch,
+        mean_tokens=workload.prompt_tokens + sum(lengths) / len(lengths),
+        staleness=config.schedule.staleness,
+    )
+    show_bounds(console, found, work=work, alone=alone)

@@ -1,7 +1,7 @@
 """What no schedule can beat: seconds of a step, however its items are ordered."""
 
 from rto_megatron.config.model import ModelConfig
-from rto_megatron.schedule.placement import colocated
+from rto_megatron.schedule.placement import RoleMap, colocated
 from rto_megatron.schedule.rooflines import (
     Efficiency,
     Gpu,
@@ -12,7 +12,8 @@ from rto_megatron.schedule.rooflines import (
     forward_flops,
     matmul_parameters,
 )
-from rto_megatron.schedule.work import StepInput
+from rto_megatron.schedule.simulate import Cost, Load
+from rto_megatron.schedule.work import Item, Kind, StepInput
 
 CACHE_FRAC = 0.85
 """Of an engine's memory that weights and cache may take."""
@@ -27,11 +28,6 @@ def decode_seconds(model: ModelConfig, gpu: Gpu, *, batch: float, context: float
     """One decode step of one engine with so many sequences of that many tokens."""
     layout = Layout(engine_ranks=tensor, train_ranks=tensor, engine_tensor=tensor)
     return Roofline(model, gpu, colocated(1), layout).decode(num_steps=1, tokens=batch, context=batch * context)
-
-
-def latency_bound(model: ModelConfig, gpu: Gpu, *, max_new_tokens: int, context: float, tensor: int) -> float:
-    """Of one version's responses: the longest decodes alone to its end."""
-    return max_new_tokens * decode_seconds(model, gpu, batch=1, context=context, tensor=tensor)
 
 
 def resource_bound(
@@ -64,3 +60,44 @@ def resource_bound(
     if not a_token:
         raise ValueError(f"{2 * matmul_parameters(model) / 1e9:.0f} GB of weights do not fit into a node of eight GPUs")
     return (compute + min(a_token) * sum(lengths)) / num_gpus
+
+
+def longest_chain(
+    cost: Cost,
+    placement: RoleMap,
+    *,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    minibatch: int,
+    mean_tokens: float,
+    staleness: int,
+) -> float:
+    """Seconds of what must follow one another in a step: the longest response, then the last minibatch and new weights.
+
+    With staleness the step's training overlaps with the next responses, and only those and new weights follow.
+
+    Args:
+        mean_tokens: of a sample, prompt included.
+    """
+    engine, trainer = placement.engines[0], placement.policy[0]
+    alone = Load(tokens=max_new_tokens)
+    alone.num_steps = max_new_tokens
+    alone.context = max_new_tokens * prompt_tokens + max_new_tokens * (max_new_tokens + 1) // 2
+    read = Load([prompt_tokens])
+    seconds = cost(_item("prefill", engine), read, engine) + cost(_item("decode", engine), alone, engine)
+    if not placement.shares_weights:
+        everyone = tuple(sorted({*placement.policy, *placement.engines}))
+        seconds += cost(Item(kind="refit", step=0, groups=everyone, number=1, role="engine"), Load(), engine)
+    if staleness:
+        return seconds
+    scorer = placement.scorers[0]
+    seconds += cost(_item("score", scorer), Load([prompt_tokens + max_new_tokens]), scorer)
+    share = Load([round(mean_tokens)] * max(1, minibatch // len(placement.policy)))
+    role = "both" if placement.policy == placement.critic else "policy"
+    seconds += cost(_item("train", trainer, role), share, trainer)
+    together = Item(kind="optimizer", step=0, groups=placement.policy, number=0, role="policy")
+    return seconds + cost(together, share, trainer)
+
+
+def _item(kind: Kind, group: int, role: str = "") -> Item:
+    return Item(kind=kind, step=0, groups=(group,), number=0, role=role)

@@ -90,8 +90,11 @@ class Layout:
     train_ranks: int
     """Of a group that trains."""
     engine_tensor: int = 1
+    engine_pipeline: int = 1
     train_tensor: int = 1
     pipeline: int = 1
+    critic: tuple[int, int] | None = None
+    """Tensor and pipeline ranks of a group that trains the critic alone; null is as the policy's."""
     micro_tokens: int = 4096
     """Room of a microbatch of training, in tokens."""
     filled: float = 0.85
@@ -166,7 +169,7 @@ class Roofline:
             ranks = self.layout.train_ranks * len(item.groups)
             return self.roles.proximal * self._computed(load, ranks)
         if item.kind == "train":
-            return self.train(load, num_models=2 if item.role == "both" else 1)
+            return self.train(load, num_models=2 if item.role == "both" else 1, alone=item.role == "critic")
         if item.kind == "optimizer":
             return self.efficiency.exposed * self.gradient_seconds()
         if item.kind == "refit":
@@ -190,7 +193,7 @@ class Roofline:
             context: attended to, over all steps and sequences.
         """
         t, gpu, eta = self.layout.engine_tensor, self.gpu, self.efficiency
-        copies = self.layout.engine_ranks // t  # each decodes a share of the lane
+        copies = self.layout.engine_ranks // (t * self.layout.engine_pipeline)  # each decodes a share of the lane
         bytes_each, faster = (1, eta.fp8) if self.layout.engine_fp8 else (2, 1.0)
         read = bytes_each * self.parameters * num_steps + cache_bytes_per_token(self.model) * context / copies
         multiply = 2 * self.parameters * tokens / copies
@@ -201,14 +204,20 @@ class Roofline:
             seconds += 2 * self.model.num_layers * each
         return seconds + num_steps * eta.host_seconds
 
-    def train(self, load: Load, *, num_models: int) -> float:
-        """Seconds of forward and backward of a group's share of a minibatch, for models that learn from it."""
+    def train(self, load: Load, *, num_models: int, alone: bool = False) -> float:
+        """Seconds of forward and backward of a group's share of a minibatch, for models that learn from it.
+
+        Args:
+            alone: the model is the critic, and the group may have a layout of its own.
+        """
         layout, forwards = self.layout, self.roles.forwards
-        copies = layout.train_ranks // (layout.train_tensor * layout.pipeline)
+        tensor, pipeline = (layout.critic if alone else None) or (layout.train_tensor, layout.pipeline)
+        ranks = tensor * pipeline if alone and layout.critic else layout.train_ranks
+        copies = ranks // (tensor * pipeline)
         micros = max(1, math.ceil(self.roles.padding * load.tokens / (copies * layout.micro_tokens * layout.filled)))
         together = num_models if self.roles.one_stream else 1
-        stretched = stretch(together * micros, layout.pipeline, forwards)
-        return num_models * forwards * self._computed(load, layout.train_ranks) * stretched
+        stretched = stretch(together * micros, pipeline, forwards)
+        return num_models * forwards * self._computed(load, ranks) * stretched
 
     def gradient_seconds(self) -> float:
         """Reduce-scatter of bfloat16 gradients and all-gather of weights between nodes, nothing hidden."""
@@ -225,7 +234,10 @@ class Roofline:
         """What a group that writes with the weights that it trains does between the two, in a step."""
         if not self.placement.shares_weights:
             return 0.0
-        same = (self.layout.engine_tensor, 1) == (self.layout.train_tensor, self.layout.pipeline)
+        same = (self.layout.engine_tensor, self.layout.engine_pipeline) == (
+            self.layout.train_tensor,
+            self.layout.pipeline,
+        )
         return self.efficiency.swap_seconds + (0.0 if same else self.refit_seconds())
 
     @property

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.policy import Schedule
@@ -95,12 +95,21 @@ def padding(workload: "Workload", num: int, *, rows: int) -> float:
 
 
 def seconds_per_step(rows: Sequence[Row], *, staleness: int = 0) -> float:
-    """From the end of one step's training to that of a later one: what a step takes once all is under way.
+    """From the end of one step's training to that of a later one: what a step takes once all is under way."""
+    begin, end, num_steps = _under_way(rows, staleness)
+    return (end - begin) / num_steps
 
-    Args:
-        staleness: how many steps at either end are left out besides the first: responses of the next step are not yet
-            being written there, or no longer.
-    """
+
+def steady(rows: Sequence[Row], *, staleness: int = 0) -> tuple[list[Row], int]:
+    """What ran in the time that `seconds_per_step` measures, cut at both of its ends, and its number of steps."""
+    begin, end, num_steps = _under_way(rows, staleness)
+    inside = [row for row in rows if row.start < end and row.end > begin]
+    return [replace(row, start=max(begin, row.start), end=min(end, row.end)) for row in inside], num_steps
+
+
+def _under_way(rows: Sequence[Row], staleness: int) -> tuple[float, float, int]:
+    """Ends of the training of two steps. With staleness one more is left out at either end: there the responses of the
+    next step are not yet being written, or no longer."""
     ends: dict[int, float] = {}
     for row in rows:
         if row.kind == "optimizer":
@@ -108,4 +117,4 @@ def seconds_per_step(rows: Sequence[Row], *, staleness: int = 0) -> float:
     if len(ends) < 2 + 2 * staleness:
         raise ValueError(f"a rate needs {2 + 2 * staleness} steps or more, got {len(ends)}")
     first, last = min(ends) + staleness, max(ends) - staleness
-    return (ends[last] - ends[first]) / (last - first)
+    return ends[first], ends[last], last - first

@@ -5,10 +5,12 @@ import re
 import pytest
 
 from rto_megatron.__main__ import main
-from rto_megatron.planner.search import candidates, memory_of, plan
-from rto_megatron.schedule.placement import split
+from rto_megatron.errors import ConfigError
+from rto_megatron.planner.search import Candidate, candidates, memory_of, plan
+from rto_megatron.planner.told import timed
+from rto_megatron.schedule.placement import colocated, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
-from rto_megatron.schedule.trace import read_trace, write_trace
+from rto_megatron.schedule.trace import Row, read_trace, write_trace
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 from tests.stages.chain import words_of
@@ -36,16 +38,33 @@ def small(name, *, num_gpus=8, **changed):
 
 def test_what_is_planned_fits_into_memory_and_is_sorted_by_seconds():
     found = small("llama3-1b")
-    assert [planned.seconds for planned in found] == sorted(planned.seconds for planned in found)
+    seconds = [planned.timed.seconds for planned in found]
+    assert seconds == sorted(seconds)
     assert {planned.candidate.placement.name for planned in found} == {"colocated", "fused", "split"}
     for planned in found:
         assert planned.slots >= 1
-        assert all(sum(parts.values()) <= GPUS["h100"].memory for parts in planned.memory.values())
+        assert all(
+            sum(parts.values()) <= GPUS["h100"].memory
+            for phases in planned.memory.values()
+            for parts in phases.values()
+        )
+
+
+def test_split_maps_are_tried_with_other_scorers_and_with_a_critic_of_its_own():
+    names = {planned.candidate.name for planned in small("llama3-1b")}
+    assert any("all score" in name for name in names)
+    assert any("engines score" in name for name in names)
+    assert any("for the critic" in name for name in names)
 
 
 def test_models_too_large_for_the_gpus_are_refused():
-    with pytest.raises(ValueError, match="no map and layout fits the model into 8 GPUs; take more nodes"):
+    with pytest.raises(ConfigError, match=r"no map and layout fits the model, .* into 8 GPUs; take more nodes"):
         small("llama3-70b")
+
+
+def test_too_few_samples_for_the_gpus_are_refused_with_their_own_reason():
+    with pytest.raises(ConfigError, match="64 samples in minibatches of 1 are too few for 1024 GPUs"):
+        small("llama3-8b", num_gpus=1024, minibatch=1)
 
 
 def test_staleness_is_tried_only_if_it_is_asked_for():
@@ -66,20 +85,88 @@ def test_a_policy_of_eight_billion_parameters_takes_the_bytes_worked_out_by_hand
         and candidate.layout.pipeline == 1
     )  # fmt: skip
     memory, _ = memory_of(found, MODELS["llama3-8b"], GPUS["h100"], SHORT)
-    # 8.03e9 / 4 parameters: 2 bytes of weight, 4 of gradient, 12 / 16 of optimizer
-    assert memory["trains"]["policy"] == pytest.approx(8.03e9 / 4 * (2 + 4 + 12 / 16), rel=0.01)
-    assert memory["trains"]["reference"] == pytest.approx(8.03e9 / 4 * 2, rel=0.01)
+    (phases,) = memory.values()
+    assert set(phases) == {"generate", "score", "train"}
+    for parts in phases.values():
+        # 8.03e9 / 4 parameters: 2 bytes of weight, 4 of gradient, 12 / 16 of optimizer
+        assert parts["policy"] == pytest.approx(8.03e9 / 4 * (2 + 4 + 12 / 16), rel=0.01)
+        assert parts["reference"] == pytest.approx(8.03e9 / 4 * 2, rel=0.01)
+    assert "cache" in phases["generate"]
+    assert "cache" not in phases["train"]
 
 
-def test_plan_prints_maps_memory_bound_and_what_binds(capsys):
-    words = ["--model=llama3-1b", "--samples=64", "--minibatch=16", "--prompt_tokens=64", "--max_new_tokens=128"]
+def kinds(placement, **changed):
+    layout = Layout(engine_ranks=1, train_ranks=1)
+    one = Candidate(placement=placement, layout=layout, **({"staleness": 0, "early": False} | changed))
+    memory, _ = memory_of(one, MODELS["llama3-1b"], GPUS["h100"], SHORT)
+    return {rank: {phase: set(parts) for phase, parts in phases.items()} for rank, phases in memory.items()}
+
+
+FROZEN = {"reference", "dpo", "reward_model", "libraries"}
+COPIES = {"policy snapshot", "critic snapshot"}
+
+
+def test_each_kind_of_rank_holds_what_it_needs_and_no_more():
+    learns = FROZEN | {"policy", "critic"}
+    assert kinds(colocated(2)) == {
+        "writes, scores, trains policy and critic": {
+            "generate": learns | {"cache"},
+            "score": learns | {"activations"},
+            "train": learns | {"activations"},
+        }
+    }
+    assert kinds(split(1, 1)) == {
+        "scores, trains policy and critic": {
+            "score": learns | {"activations"},
+            "train": learns | {"activations"},
+        },
+        "writes": {"generate": {"engine", "cache", "libraries"}},
+    }
+    rollout = kinds(split(1, 1, 1, score="rollout"), staleness=1)
+    assert rollout["writes, scores"]["score"] == FROZEN | COPIES | {"engine", "cache", "activations"}
+    assert rollout["trains policy"] == {"train": {"policy", "libraries", "activations"}}
+    assert rollout["trains critic"] == {"train": {"critic", "libraries", "activations"}}
+
+
+def test_means_are_over_ranks_and_not_over_groups():
+    def row(group, kind, start, end, step):
+        return Row(group=group, kind=kind, role="", step=step, lane=0, number=0, start=start, end=end)
+
+    rows = [
+        row(0, "optimizer", 0, 1, 0),
+        row(0, "train", 1, 3, 1),
+        row(1, "decode", 1, 5, 1),
+        row(0, "optimizer", 4, 5, 1),
+    ]
+    found = timed(rows, [3, 1], staleness=0)
+    assert found.seconds == 4
+    assert (found.phases["train"], found.phases["decode"], found.phases["optimizer"]) == (1.5, 1.0, 0.75)
+    assert found.idle == 0.75  # the first group's three ranks, for one second
+    assert found.overlap == 0.75
+
+
+@pytest.mark.parametrize("model", [["--model", "llama3-1b"], ["--model=llama3-1b"]])
+def test_plan_prints_maps_phases_memory_bound_and_what_binds(model, capsys):
+    words = [*model, "--samples=64", "--minibatch=16", "--prompt_tokens=64", "--max_new_tokens=128"]
     assert main(["plan", *words]) == 0
     printed = capsys.readouterr().out
     assert "Rooflines, nothing measured" in printed
     assert "llama3-1b on 8 h100: seconds per step" in printed
-    assert "GiB of the fullest rank" in printed
-    best = float(re.search(r"\| (?:colocated|fused|split)[^|]*(?:\|[^|]*){4}\| +([\d.]+)", printed)[1])
-    assert float(re.search(r"no schedule is faster than ([\d.e-]+) s", printed)[1]) < best
+    best = float(re.search(r"best: .* training TP \d x PP \d: ([\d.e-]+) s a step", printed)[1])
+    assert re.search(r"next best map: .* \d+% slower", printed)
+    check_told(printed, seconds=best)
+
+
+def check_told(printed, *, seconds):
+    """What plan and simulate both say."""
+    for phase in ("decode", "score", "train", "optimizer", "idle"):
+        assert re.search(rf"\| {phase} +\| +[\d.e-]+ \|", printed), phase
+    assert re.search(r"ranks run different phases at once in \d+% of the time", printed)
+    for part in ("policy", "critic", "reference", "dpo", "reward_model", "libraries", "cache", "activations", "sum"):
+        assert re.search(rf"\| {part} +\|.* (GiB|MiB|KiB)", printed), part
+    assert "the fullest rank needs" in printed
+    bound = float(re.search(r"bound of any schedule: ([\d.e-]+) s \(all work without a gap", printed)[1])
+    assert bound <= seconds
     assert "what binds: " in printed
 
 
@@ -88,6 +175,11 @@ def test_plan_prints_maps_memory_bound_and_what_binds(capsys):
     [
         (["--model=llama3-8b", "--nodes=0"], "nodes must be 1 or more, got 0"),
         (["--nodes=1"], "model must be set"),
+        (["--model", "llama3-8b", "--samples=100"], "minibatch must divide samples 100, got 128"),
+        (["--model", "llama3-8b", "extra"], "model must be"),
+        (["--model", "llama3-8b", "--nodes", "two"], "nodes must be a whole number, got 'two'"),
+        (["--model", "llama3-8b", "--max_new_tokens=100000000"], "no map and layout fits the model"),
+        (["--model", "llama3-8b", "--tp=2"], "plan takes no YAML file and no settings of a run, got --tp=2"),
         (["--model=llama3-8b", "--gpu=b200"], "gpu must be"),
         (["run.yaml", "--model=llama3-8b"], "plan takes no YAML file and no settings of a run, got run.yaml"),
     ],
@@ -106,10 +198,22 @@ def run_yaml(tmp_path):
 
 def test_simulate_times_a_config_with_rooflines_of_its_model(chain, capsys):
     """The words are those that rto itself runs with; the layout is that of the run."""
-    assert main(["simulate", *words_of("rto", chain), "--parallel.tensor=2", "--map=fused", "--groups=2"]) == 0
+    words = ["--parallel.tensor=2", "--schedule.map=fused", "--ranks", "4"]
+    assert main(["simulate", *words_of("rto", chain), *words]) == 0
     printed = capsys.readouterr().out
-    assert "costs: rooflines of one h100, nothing measured" in printed
-    assert re.search(r"fused, 2 groups: [\d.e-]+ seconds per step", printed)
+    assert "costs: rooflines of h100, nothing measured" in printed
+    seconds = float(re.search(r"fused, 2 groups, 2 lanes: ([\d.e-]+) seconds per step", printed)[1])
+    check_told(printed, seconds=seconds)
+
+
+def test_simulate_reads_map_and_layouts_from_the_schedule_of_the_run(chain, capsys):
+    words = ["map=split", "rollout_ranks=2", "rollout.tensor=2", "critic_ranks=1", "staleness=1", "minibatches=logical"]
+    assert main(["simulate", *words_of("rto", chain), *(f"--schedule.{word}" for word in words)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"split: policy on ranks 0-0 .* critic on 3-3 .*, one step off, early minibatches: ", printed)
+    for rank in ("scores, trains policy", "writes", "trains critic"):
+        assert f"memory of the fullest rank that {rank}" in " ".join(printed.split())
+    assert re.search(r"\| policy snapshot +\|", printed)
 
 
 def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, capsys):
@@ -119,11 +223,14 @@ def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, c
         split(1, 1),
     )
     write_trace(tmp_path / "seen.jsonl", seen)
-    words = ["--map=split", "--groups=3", f"--costs={tmp_path}/seen.jsonl", f"--trace={tmp_path}/told.jsonl"]
-    assert main(["simulate", str(run_yaml), *words]) == 0
+    words = ["--schedule.map=split", "--schedule.rollout_ranks=1", "--ranks=3"]
+    files = [f"--costs={tmp_path}/seen.jsonl", f"--trace={tmp_path}/told.jsonl"]
+    assert main(["simulate", str(run_yaml), *words, *files]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"split, 3 groups: [\d.e-]+ seconds per step", printed)
+    assert re.search(r"split: .* seconds per step", printed)
     assert re.search(r"^   0 .*T.*\n   1 .*T.*\n   2 .*D", printed, re.M)
+    assert "memory is not told" in printed  # the run's checkpoints are not here
+    assert "bound of any schedule" in printed
     told = read_trace(tmp_path / "told.jsonl")
     assert sum(row.samples for row in told if row.kind == "score") == 3 * 32
 
@@ -131,11 +238,11 @@ def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, c
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["--staleness=1", "--groups=2"],
-            "map must be split with staleness 1 or early, which need other ranks, got colocated",
-        ),
-        (["--map=split", "--groups=1"], "writing must be at least 1 and below groups 1, got 1"),
+        (["--schedule.staleness=1"], "schedule.staleness needs schedule.map split, got 1 with sequential"),
+        (["--schedule.map=split", "--schedule.rollout_ranks=2", "--ranks=2"], "leave no rank of 2 to train the policy"),
+        (["--parallel.tensor=2", "--ranks=3"], "does not divide its 3 ranks"),
+        (["--ranks=0"], "ranks must be 1 or more or null, got 0"),
+        (["--steps=1"], "steps must be 2 or more or null, got 1"),
         (["--costs=nothing.jsonl"], "nothing.jsonl: a trace must be a readable file of JSON lines"),
         ([], "nothing"),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from rto_megatron.schedule.limits import (
     decode_seconds,
-    latency_bound,
+    longest_chain,
     resident_tokens,
     resource_bound,
 )
@@ -21,7 +21,7 @@ from rto_megatron.schedule.rooflines import (
 from rto_megatron.schedule.simulate import Load
 from rto_megatron.schedule.trace import summarise
 from rto_megatron.schedule.work import Item, Sizes
-from rto_megatron.schedule.workload import Workload, seconds_per_step
+from rto_megatron.schedule.workload import Workload, dealt, padding, seconds_per_step, steady
 
 LARGE = Workload(prompt_tokens=205, max_new_tokens=2048)
 """1024 tokens a sample: 1024 samples of it send 21 MB a step at 20 bytes a token."""
@@ -60,8 +60,8 @@ def test_tokens_that_an_engine_can_hold(model, tensor, tokens):
 
 @pytest.mark.parametrize(("model", "context", "seconds"), [("llama3-8b", 1000, 3.5), ("llama3-70b", 1500, 17.1)])
 def test_the_longest_response_alone(model, context, seconds):
-    bound = latency_bound(MODELS[model], GPUS["h100"], max_new_tokens=2048, context=context, tensor=8)
-    assert bound == pytest.approx(seconds, rel=0.02)
+    step = decode_seconds(MODELS[model], GPUS["h100"], batch=1, context=context, tensor=8)
+    assert 2048 * step == pytest.approx(seconds, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +119,47 @@ def test_one_step_off_is_faster_than_the_barrier_and_early_minibatches_too():
     assert seconds_per_step(early) < 0.9 * seconds_per_step(plain)
     assert seconds_per_step(off) < 0.9 * seconds_per_step(plain)
     assert summarise(off).idle_frac < summarise(plain).idle_frac
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_what_follows_one_another_is_never_longer_than_a_step(staleness):
+    layout, placement = Layout(engine_ranks=8, train_ranks=32, **C), split(24, 10)
+    cost, sizes = (
+        Roofline(MODELS["llama3-70b"], GPUS["h100"], placement, layout),
+        Sizes(**SIZES | {"num_steps": 5}, lanes=24),
+    )
+    rows = LARGE.run(cost, sizes, placement, staleness=staleness, early=True)
+    chain = longest_chain(
+        cost, placement, prompt_tokens=205, max_new_tokens=2048, minibatch=128, mean_tokens=1024, staleness=staleness
+    )
+    assert 17.1 < chain < seconds_per_step(rows, staleness=staleness)
+    assert chain > 0.5 * seconds_per_step(rows, staleness=staleness)
+
+
+def test_the_steady_part_of_a_run_has_all_of_a_step_and_no_more():
+    cost = Roofline(MODELS["llama3-8b"], GPUS["h100"], colocated(8), Layout(engine_ranks=8, train_ranks=8))
+    rows = LARGE.run(cost, Sizes(**SIZES, lanes=8), colocated(8))
+    inside, num_steps = steady(rows)
+    assert num_steps == 2
+    found = summarise(inside, range(8))
+    assert found.makespan == pytest.approx(2 * seconds_per_step(rows))
+    assert sum(found.busy.values()) + found.idle_frac * found.makespan == pytest.approx(found.makespan)
+    assert sum(row.samples for row in inside if row.kind == "score") == 2 * 1024
+
+
+def test_shares_of_a_minibatch_are_as_even_as_its_samples_allow():
+    tokens = [100, 1, 1, 1, 50, 50, 1, 1]
+    assert [sum(tokens[row] for row in dealt(range(8), tokens, 2)[i : i + 4]) for i in (0, 4)] == [103, 102]
+
+
+def test_padding_is_what_the_longest_of_each_microbatch_costs():
+    short = Workload(prompt_tokens=10, max_new_tokens=100)
+    a, b, c, d = (10 + length for length in short.lengths(0, 4))
+    assert padding(short, 4, rows=2) == pytest.approx(2 * (max(a, b) + max(c, d)) / (a + b + c + d))
+    assert padding(short, 4, rows=1) == 1
+
+
+def test_the_longest_responses_may_come_last():
+    lengths = Workload(prompt_tokens=10, max_new_tokens=100, long_last=0.25).lengths(0, 40)
+    assert min(lengths[30:]) >= max(lengths[:30])
+    assert sorted(lengths) == sorted(Workload(prompt_tokens=10, max_new_tokens=100).lengths(0, 40))

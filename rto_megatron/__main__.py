@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "report.command",
     "simulate": "planner.simulate",
     "verify-resume": "stages.verify_resume",
+    "verify-schedule": "stages.verify_schedule",
 }
 """What looks at the run of a stage and does not train it -> module with `main(path, words)`, which returns the exit
 code."""

@@ -7,8 +7,7 @@ sequential run computes, from the same rows in the same order, so the weights ha
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,7 @@ from rto_megatron.stages.resume import digests
 from rto_megatron.stages.rto_metrics import staleness_metrics, step_metrics
 from rto_megatron.stages.samples import Found, Samples, make_pass, said_of
 from rto_megatron.stages.update import minibatch_rows, take_optimizer_step, tasks_of
+from rto_megatron.stages.watched import watched_item, watched_phase
 
 
 @dataclass(kw_only=True)
@@ -276,10 +276,12 @@ class RTOWork:
         }
         phases |= self.course.clock.take()
         response, prompt = numbers["length/response_mean"], numbers["length/prompt_mean"]
-        return phases | {
-            "speed/tokens_per_second": self.sizes.samples * (prompt + response) / phases["time/step_seconds"],
-            "speed/generated_tokens_per_second": self.sizes.samples * response / phases["time/generate_seconds"],
-        }
+        phases["speed/tokens_per_second"] = self.sizes.samples * (prompt + response) / phases["time/step_seconds"]
+        if phases["time/generate_seconds"]:  # the last step's responses may have been written in the one before
+            phases["speed/generated_tokens_per_second"] = (
+                self.sizes.samples * response / phases["time/generate_seconds"]
+            )
+        return phases
 
     def hand_over(self, step: int) -> Callable[[Path], None] | None:
         """What writes the samples of the next step into a checkpoint, where they are there already."""
@@ -306,7 +308,7 @@ PHASES = {
 """Name in metrics -> kinds of items."""
 
 
-def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None) -> None:
+def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdog: Watchdog) -> None:
     """Run the steps of RTO by the schedule that the config asks for."""
     plan, cast = config.schedule, cast_of(config, world_size())
     sizes, early = sizes_of(config, cast), plan.minibatches == "logical"
@@ -329,18 +331,15 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None) -> None
     manifest = manifest_of(config, players.parents, digests(prompts, held_out.prompts))
     table = [("schedule", cast.describe(plan.map)), *size_table(config, len(prompts), cast.policy.num_replicas)]
     mesh = players.policy_mesh or players.own_mesh
-    watchdog = Watchdog(rank=rank(), world=world_size(), floor_seconds=plan.hang_seconds)
-    with (
-        watchdog.watching(),
-        on_course(config, own, mesh, trained, manifest, players.tokenizer, measure, table, dropped) as course,
-    ):
+    pace = Pace(config, manifest.models["policy"], device=mesh.device.type, num_held_out=len(held_out.prompts))
+    with on_course(config, own, mesh, trained, manifest, players.tokenizer, measure, table, dropped) as course:
+        course.clock.watch = partial(watched_phase, watchdog, pace, range(world_size()), course, held_out)
         for role in players.refits:  # an earlier start may have left newer weights than the roles began with
             players.refit(role)
         work = RTOWork(config, cast, sizes, players, prompts, ends, course)
         handed_over = work.take_over(own)
         course.begin_step(work.hand_over(course.at.step))
         links = connect(rank(), cast.groups, gather_objects)
-        pace = Pace(config, manifest.models["policy"])
         schedule = None
         if cast.groups[players.group][0] == rank():
             schedule = Schedule(
@@ -358,23 +357,8 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None) -> None
                 links,
                 work,
                 write=trace.write,
-                watch=partial(_watched, watchdog, pace, cast),
+                watch=partial(watched_item, watchdog, pace, cast),
                 disturb=Disturbance(plan.delay_seconds, random.Random(f"{rank()}/{time.time_ns()}")),
                 clock=trace.clock,
             ).run(schedule)
         links.close()
-
-
-@contextmanager
-def _watched(watchdog: Watchdog, pace: Pace, cast: Cast, item: Item | None, queues: str) -> Iterator[None]:
-    """Tell the watchdog what this rank is at."""
-    if item is None:
-        watchdog.enter("waiting", "for work", queues=queues)
-        yield
-    else:
-        name = " ".join(filter(None, (item.role, f"{item.number} of step {item.step}")))
-        ranks = [member for group in item.groups for member in cast.groups[group]]
-        with pace.timed(item) as predicted:
-            watchdog.enter(item.kind, name, seconds=predicted, with_ranks=ranks, queues=queues)
-            yield
-    watchdog.leave()

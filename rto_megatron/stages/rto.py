@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -11,12 +12,14 @@ from rto_megatron.data.readers import Dropped, PromptRow
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows
-from rto_megatron.distributed.runtime import Runtime, world_size
+from rto_megatron.distributed.runtime import Runtime, rank, world_size
+from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.experience import Credit, make_experience
 from rto_megatron.rollout.responses import make_engine
 from rto_megatron.schedule.cast import cast_of, sizes_of
 from rto_megatron.schedule.lane import Lane, written_out
+from rto_megatron.schedule.pace import Pace
 from rto_megatron.schedule.work import Sizes, share
 from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
@@ -27,6 +30,7 @@ from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock
 from rto_megatron.stages.samples import Found, Said, Samples, lengths_of, make_pass, said_of, signals_of
 from rto_megatron.stages.update import minibatch_rows, update
+from rto_megatron.stages.watched import watched_phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +70,15 @@ def run(config: RTORun, runtime: Runtime) -> None:
     own = own_checkpoint(config, name)
     if is_finished(own, config.num_steps):
         return
-    if config.schedule.map == "sequential":
-        one_after_the_other(config, runtime, own)
-    else:
-        interleave(config, runtime, own)
+    watchdog = Watchdog(rank=rank(), world=world_size(), floor_seconds=config.schedule.hang_seconds)
+    with watchdog.watching():
+        if config.schedule.map == "sequential":
+            one_after_the_other(config, runtime, own, watchdog)
+        else:
+            interleave(config, runtime, own, watchdog)
 
 
-def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None) -> None:
+def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdog: Watchdog) -> None:
     """The run as the paper writes it down: all ranks generate, then score, then update."""
     setup, dropped = prepare(config, runtime)
     actors, mesh = setup.actors, setup.mesh
@@ -86,7 +92,9 @@ def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None
     trained = {"policy": actors.policy, **({"critic": actors.critic} if actors.critic else {})}
     manifest = manifest_of(config, actors.parents, digests(setup.prompts, held_out.prompts))
     sizes = size_table(config, len(setup.prompts), mesh.data.size)
+    pace = Pace(config, manifest.models["policy"], device=mesh.device.type, num_held_out=len(held_out.prompts))
     with on_course(config, own, mesh, trained, manifest, actors.tokenizer, measure, sizes, dropped) as course:
+        course.clock.watch = partial(watched_phase, watchdog, pace, range(world_size()), course, held_out)
         course.begin_step()
         while not course.is_over:
             done = take_step(setup, config, step=course.at.step, kl_coef=course.at.kl_coef, clock=course.clock)

@@ -10,16 +10,9 @@ Each is a world of its own processes, as a cluster would start it. Nothing is wr
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from rto_megatron.config.load import load_any, print_options, split_options
 from rto_megatron.config.run import RTORun
@@ -30,9 +23,10 @@ from rto_megatron.distributed.checkpoint import (
     open_checkpoint,
     relative_difference,
 )
-from rto_megatron.distributed.runtime import environment_alone, start_runtime, world_size
+from rto_megatron.distributed.runtime import start_runtime, world_size
 from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
+from rto_megatron.stages.child_runs import run_world
 from rto_megatron.stages.resume import TrainingRun
 from rto_megatron.stages.run import writing
 
@@ -129,22 +123,12 @@ class Proof:
 
     def _go(self, name: str, *words: str, ranks: int = 0, kill_after: int | None = None) -> None:
         """Start a run and wait for its end, or kill it once the checkpoint of a step is named."""
-        run_dir, log = self.folder / name, self.folder / f"{name}.log"
-        start = ["-m", "rto_megatron", self.stage, *([str(self.path)] if self.path else [])]
-        launcher = ["-m", "rto_megatron.launch", "--standalone", f"--nproc-per-node={ranks or self.ranks}"]
-        command = [sys.executable, *launcher, *start, *self.words, f"--run_dir={run_dir}", *words]
+        run_dir = self.folder / name
         self.console.say(f"{name}{' (to be killed)' if kill_after else ''} ...")
-        with log.open("a") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment_alone(), start_new_session=True)
-            try:
-                while process.poll() is None and not (kill_after and self._step(run_dir) >= kill_after):
-                    time.sleep(0.02)
-            finally:
-                _kill(process)
-        was_killed = kill_after is not None and process.returncode == -signal.SIGKILL
-        if process.returncode and not was_killed:
-            last = "\n".join(log.read_text().splitlines()[-15:])
-            raise UserError(f"{log}: the run ended with exit code {process.returncode}; its last lines:\n{last}")
+        start = [self.stage, *([str(self.path)] if self.path else []), *self.words]
+        due = None if kill_after is None else lambda: self._step(run_dir) >= kill_after
+        log = self.folder / f"{name}.log"
+        run_world([*start, f"--run_dir={run_dir}", *words], log, ranks=ranks or self.ranks, until=due)
 
     def _step(self, run_dir: Path) -> int:
         """Of the newest checkpoint that has a name; 0 where there is none."""
@@ -199,20 +183,6 @@ class Proof:
             for row, same in zip(mine, its, strict=True):
                 metrics = max(metrics, relative_difference(list(row.values()), [same[name] for name in row]))
         return Difference(weights, optimizers, metrics)
-
-
-def _kill(launcher: subprocess.Popen) -> None:
-    """End a launcher and all that it started; its ranks are in sessions of their own, so it alone would not take them.
-
-    Does nothing where it has ended.
-    """
-    if launcher.poll() is None:
-        family = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-        for process in family:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family[1:], timeout=10)
-    launcher.wait()
 
 
 def _rows(folder: Path) -> list[dict[str, float]]:

@@ -54,7 +54,7 @@ def sequential(chain, tmp_path_factory):
 
 
 TENSOR, PIPELINE, LANES = "--parallel.tensor=2", "--parallel.pipeline=2", "--schedule.lanes=2"
-LOGICAL, SPLIT, DELAYS = "--schedule.minibatches=logical", "--schedule.map=split", "--schedule.delay_seconds=0.3"
+LOGICAL, SPLIT, DELAYS = "--schedule.minibatches=logical", "--schedule.map=split", "--schedule.delay_seconds=0.1"
 
 
 def split(rollout: int, critic: int = 0, *more: str) -> list[str]:

@@ -1,0 +1,102 @@
+"""What the simulator says beside what was measured: replayed traces, fitted costs, and costs that are known.
+
+The emulated runs are real processes and messages whose items only take their time (`schedule/emulate.py`).
+"""
+
+from dataclasses import replace
+from itertools import combinations
+from statistics import mean
+
+import pytest
+
+from rto_megatron.schedule.fit import Fitted
+from rto_megatron.schedule.placement import colocated, fused, split
+from rto_megatron.schedule.simulate import replay
+from rto_megatron.schedule.trace import summarise
+from rto_megatron.schedule.workload import Workload
+from tests.ranks import run_ranks
+from tests.schedule.plays import WORLD, Setting, rehearse_all
+
+SEEN = {
+    "colocated": Setting(colocated(4)),
+    "split, stale": Setting(split(2, 2), staleness=1),
+    "split, early": Setting(split(1, 3), early=True),
+    "split, critic alone": Setting(split(1, 2, 1, score="all"), staleness=1),
+}
+OTHER = Workload(prompt_tokens=300, max_new_tokens=1500, seed=5)
+MORE = {"samples": 96, "minibatch": 24}
+HELD_OUT = {
+    name: replace(setting, workload=OTHER, sizes=MORE)
+    for name, setting in {
+        "colocated": Setting(colocated(4)),
+        "fused": Setting(fused(4)),
+        "split": Setting(split(2, 2)),
+        "split, stale": Setting(split(2, 2), staleness=1),
+        "split, early": Setting(split(2, 2), early=True),
+        "split 1 + 3": Setting(split(1, 3)),
+        "split 3 + 1, stale": Setting(split(3, 1), staleness=1),
+        "split, critic alone": Setting(split(2, 1, 1)),
+        "split, critic alone, stale, early": Setting(split(1, 2, 1, score="all"), staleness=1, early=True),
+    }.items()
+}
+SETTINGS = {f"{name}, seen": setting for name, setting in SEEN.items()} | HELD_OUT
+every_setting = pytest.mark.parametrize("name", SETTINGS)
+
+
+def makespan(rows):
+    return summarise(rows).makespan
+
+
+def same_run(again, measured, within):
+    """Makespan, and seconds that each group ran nothing, to a share of the makespan."""
+    told, truth = summarise(again), summarise(measured)
+    assert told.makespan == pytest.approx(truth.makespan, rel=within)
+    assert [told.idle[group] for group in truth.idle] == pytest.approx(
+        list(truth.idle.values()), abs=within * truth.makespan
+    )
+
+
+@pytest.fixture(scope="module")
+def rehearsed():
+    """What was measured of each setting."""
+    return dict(
+        zip(SETTINGS, run_ranks(rehearse_all, WORLD, list(SETTINGS.values()), timeout=200)[0], strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def fitted(rehearsed):
+    return Fitted([row for name in SEEN for row in rehearsed[f"{name}, seen"]])
+
+
+@every_setting
+def test_a_rehearsal_that_is_replayed_takes_as_long(name, rehearsed):
+    measured = rehearsed[name]
+    again = SETTINGS[name].play().simulate(replay(measured), latency=Fitted(measured).latency)
+    same_run(again, measured, within=0.02)
+
+
+@every_setting
+def test_a_rehearsal_takes_as_long_as_its_costs_say(name, rehearsed, fitted):
+    told = SETTINGS[name].play().simulate(latency=fitted.latency)
+    assert makespan(told) == pytest.approx(makespan(rehearsed[name]), rel=0.05)
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_a_fit_predicts_runs_with_other_lengths_batches_maps_and_staleness(name, rehearsed, fitted):
+    told = HELD_OUT[name].play().simulate(fitted, latency=fitted.latency)
+    assert makespan(told) == pytest.approx(makespan(rehearsed[name]), rel=0.1)
+
+
+def test_a_fit_says_which_of_two_runs_is_faster(rehearsed, fitted):
+    told = {name: makespan(setting.play().simulate(fitted, latency=fitted.latency)) for name, setting in HELD_OUT.items()}
+    assert kendall_tau([(told[name], makespan(rehearsed[name])) for name in HELD_OUT]) >= 0.8
+
+
+def kendall_tau(pairs):
+    """Of pairs of pairs: how many are in one order, less how many are not, as a share."""
+    return mean((a < b) == (x < y) or -1 for (a, x), (b, y) in combinations(pairs, 2))
+
+
+def test_kendall_tau_worked_by_hand():
+    assert kendall_tau([(1, 1), (2, 3), (3, 2)]) == pytest.approx(1 / 3)  # 2 pairs in order, 1 not

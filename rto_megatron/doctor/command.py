@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rto_megatron.config.load import load_despite_mistakes, print_options, split_options
+from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.runtime import inspect_hardware, is_main
 from rto_megatron.doctor.findings import Report
 from rto_megatron.doctor.machine import Place, check_machine
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
+from rto_megatron.schedule.cast import least_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class Options:
     """What doctor takes beside the settings of the run."""
 
     ranks: int | None = None
-    """How many would be started; null takes what torchrun says, else parallel.tensor x parallel.pipeline."""
+    """How many would be started; null takes what torchrun says, else the fewest that the config can run on."""
     nodes: int = 1
     """Machines that they are spread over."""
     memory: float | None = None
@@ -68,7 +70,9 @@ def examine(path: Path | None, words: list[str], options: Options) -> Report:
     else:
         found.ok("all settings can be read and fit each other")
     started = os.environ.get("WORLD_SIZE")
-    ranks = options.ranks or (int(started) if started else config.parallel.tensor * config.parallel.pipeline)
+    one_replica = config.parallel.tensor * config.parallel.pipeline
+    least = least_ranks(config) if isinstance(config, RTORun) else one_replica
+    ranks = options.ranks or (int(started) if started else least)
     place = Place(
         hardware=inspect_hardware(), ranks=ranks, ranks_here=-(-ranks // options.nodes), memory=options.memory
     )

@@ -11,7 +11,7 @@ from rto_megatron.data.readers import Dropped, read_preferences, read_prompts, r
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.doctor.findings import Section
 from rto_megatron.errors import DataError, UserError
-from rto_megatron.stages.rto import check_enough
+from rto_megatron.stages.course import check_enough
 from rto_megatron.stages.supervised import num_steps
 
 SHOWN = 5

@@ -9,7 +9,8 @@ from rto_megatron.distributed.mesh import check_seed
 from rto_megatron.doctor.data import Rows
 from rto_megatron.doctor.findings import Section
 from rto_megatron.errors import UserError
-from rto_megatron.stages import rto, supervised
+from rto_megatron.schedule.cast import cast_of
+from rto_megatron.stages import course, supervised
 from rto_megatron.stages.rules import size_rules
 from rto_megatron.stages.update import plan_updates
 
@@ -18,13 +19,19 @@ def check_layout(found: Section, config: Any, *, ranks: int) -> int | None:
     """Check what needs no model; the data-parallel size, None where the layout does not divide the ranks."""
     if hasattr(config, "seed"):
         found.attempt(partial(check_seed, config.seed), why="each stage adds to it, and torch takes 63 bits")
-    num_data = found.attempt(
-        partial(config.parallel.data, ranks), why="every rank belongs to one tensor, one pipeline and one data group"
-    )
-    if num_data is None:
-        return None
-    parallel = config.parallel
-    found.ok(f"{ranks} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {num_data}")
+    why = "every rank belongs to one tensor, one pipeline and one data group"
+    if isinstance(config, RTORun) and config.schedule.map == "split":
+        cast = found.attempt(partial(cast_of, config, ranks), why=why)
+        if cast is None:
+            return None
+        num_data = cast.policy.num_replicas
+        found.ok(cast.describe())
+    else:
+        num_data = found.attempt(partial(config.parallel.data, ranks), why=why)
+        if num_data is None:
+            return None
+        parallel = config.parallel
+        found.ok(f"{ranks} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {num_data}")
     broken = len(found.findings)
     for rule in size_rules(config, num_data):
         found.attempt(rule.check, why=rule.why)
@@ -76,7 +83,7 @@ def check_sizes(found: Section, config: Any, rows: Rows, num_data: int | None) -
     if rows.train and num_data is not None:
         count = len(rows.train)
         sizes = (
-            rto.size_table(config, count, num_data)
+            course.size_table(config, count, num_data)
             if isinstance(config, RTORun)
             else supervised.size_table(config, count, len(rows.held_out), num_data)
         )

@@ -51,10 +51,10 @@ class Cast:
         """The group of a rank."""
         return next(number for number, ranks in enumerate(self.groups) if rank in ranks)
 
-    def describe(self, name: str) -> str:
+    def describe(self) -> str:
         """In a line of the start table."""
-        if name != "split":
-            return f"{name}, {self.policy.num_replicas} groups, {self.lanes} lanes"
+        if self.placement.name != "split":
+            return f"{self.placement.name}, {self.policy.num_replicas} groups, {self.lanes} lanes"
         parts = [f"policy on ranks {_span(self.policy)}", f"rollouts on {_span(self.engine)}"]
         if self.critic is not self.policy:
             parts.append(f"critic on {_span(self.critic)}")
@@ -96,6 +96,11 @@ def cast_of(config: RTORun, world: int) -> Cast:
     critic = policy
     if plan.critic_ranks:
         critic = _troupe("schedule.critic", plan.critic or parallel, range(writing, world))
+        if config.samples_per_optimizer_step % critic.num_replicas:
+            raise ConfigError(
+                f"samples_per_optimizer_step must be a multiple of the {critic.num_replicas} replicas of the critic, "
+                f"got {config.samples_per_optimizer_step}; change it, or schedule.critic_ranks"
+            )
     placement = split(
         engine.num_replicas,
         policy.num_replicas,
@@ -104,6 +109,12 @@ def cast_of(config: RTORun, world: int) -> Cast:
         score=plan.score,
     )
     return Cast(placement=placement, policy=policy, engine=engine, critic=critic, lanes=_lanes(config, placement))
+
+
+def least_ranks(config: RTORun) -> int:
+    """The fewest ranks that the config can run on: one replica that trains, and what it asks for beside it."""
+    plan = config.schedule
+    return config.parallel.tensor * config.parallel.pipeline + plan.rollout_ranks + plan.critic_ranks
 
 
 def sizes_of(config: RTORun, cast: Cast) -> Sizes:

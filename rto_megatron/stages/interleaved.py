@@ -329,7 +329,7 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
 
     trained = {"policy": players.policy} | ({"critic": players.critic} if "critic" in players.parents else {})
     manifest = manifest_of(config, players.parents, digests(prompts, held_out.prompts))
-    table = [("schedule", cast.describe(plan.map)), *size_table(config, len(prompts), cast.policy.num_replicas)]
+    table = [("schedule", cast.describe()), *size_table(config, len(prompts), cast.policy.num_replicas)]
     mesh = players.policy_mesh or players.own_mesh
     pace = Pace(config, manifest.models["policy"], device=mesh.device.type, num_held_out=len(held_out.prompts))
     with on_course(config, own, mesh, trained, manifest, players.tokenizer, measure, table, dropped) as course:

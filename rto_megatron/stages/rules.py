@@ -117,6 +117,10 @@ def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:
             yield Rule(partial(check_holds_scores, checkpoint), "scores of an untrained head are noise")
         architecture = checkpoint.manifest.architecture_for(role.kind)
         yield from architecture_rules(config, architecture, f"the {role.name} ({checkpoint.folder})")
+        if isinstance(config, RTORun):
+            own = {"policy": config.schedule.rollout, "critic": config.schedule.critic}.get(role.name)
+            if own is not None:
+                yield Rule(partial(own.check_model, architecture), "every rank holds an equal part of each matrix")
     for role in roles[1:]:
         yield Rule(
             partial(check_same_tokenizer, opened[roles[0].name], opened[role.name]),

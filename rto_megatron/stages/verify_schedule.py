@@ -22,7 +22,7 @@ from rto_megatron.distributed.checkpoint import fingerprint, largest_difference,
 from rto_megatron.distributed.runtime import start_runtime, world_size
 from rto_megatron.errors import NOT_PROVEN, ConfigError
 from rto_megatron.metrics import Console
-from rto_megatron.schedule.cast import Cast, cast_of
+from rto_megatron.schedule.cast import Cast, cast_of, least_ranks
 from rto_megatron.stages.child_runs import run_world
 from rto_megatron.stages.run import writing
 
@@ -75,9 +75,7 @@ def main(path: Path | None, words: list[str]) -> int:
     stage, config = load_any(path, rest)
     if not isinstance(config, RTORun):
         raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {stage}")
-    plan = config.schedule
-    replica = config.parallel.tensor * config.parallel.pipeline
-    ranks = options.ranks or replica + plan.rollout_ranks + plan.critic_ranks
+    ranks = options.ranks or least_ranks(config)
     cast = cast_of(config, ranks)
     folder, console = config.run_dir / "verify-schedule", Console()
     shutil.rmtree(folder, ignore_errors=True)

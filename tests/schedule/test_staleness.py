@@ -43,7 +43,7 @@ def lagged(folder: Path, settings: list[str]) -> dict[str, torch.Tensor]:
         become(max(0, step - 1))
         rollout, signals = judge(setup, config, roll_out(setup, config, step=step), step=step)
         become(step)
-        packs, order = written_out(setup.sizes, *lengths_of(rollout), step=step, lanes=range(setup.sizes.lanes))
+        packs, _ = written_out(setup.sizes, *lengths_of(rollout), step=step, lanes=range(setup.sizes.lanes))
         proximal = torch.zeros(rollout.tokens.shape)
         for pack in packs:
             rows = rollout.rows(pack.samples)
@@ -105,7 +105,9 @@ def test_staleness_1_is_not_staleness_0(one_step_off, chain, tmp_path):
     assert moved[0] == 0 and all(move > 0 for move in moved[1:])  # step 0 was written by the weights that it trains
 
 
-@pytest.mark.parametrize("more", [split(1, 1), split(1, 0, "--schedule.score=rollout"), split(1, 0, "--schedule.score=all")])
+@pytest.mark.parametrize(
+    "more", [split(1, 1), split(1, 0, "--schedule.score=rollout"), split(1, 0, "--schedule.score=all")]
+)
 def test_staleness_1_is_the_same_on_every_map_and_under_delays(more, one_step_off, chain, tmp_path):
     ranks = 3 if more == split(1, 1) else 2
     run_ranks(train, ranks, chain, settings(tmp_path / "rto", *more, STALE, DELAYS), timeout=200)

@@ -1,12 +1,16 @@
 """Seconds of each item from a trace: non-negative least squares, one line a kind and role.
 
-decode                    a * steps + b * tokens + c * context
-prefill, score, train     a + b * tokens + c * (tokens of each sample)^2
-advantage                 a + b * tokens
-optimizer, refit          a
+decode                              a * steps + b * tokens + c * context
+prefill, score, proximal, train     a + b * samples + c * tokens + d * (tokens of each sample)^2
+advantage                           a + b * tokens
+refit                               a + b * bytes
+optimizer, boundary                 a
+
+Microbatches of so many samples each take their time whatever is in them: that is b of prefill, score and train.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import median
 
 import numpy as np
 
@@ -19,16 +23,32 @@ from rto_megatron.schedule.work import Item, Kind
 def _features(kind: Kind, load: Load | Row) -> list[float]:
     if kind == "decode":
         return [load.num_steps, load.tokens, load.context]
-    if kind in ("prefill", "score", "train"):
-        return [1.0, load.tokens, load.squares]
+    if kind in ("prefill", "score", "proximal", "train"):
+        return [1.0, load.samples, load.tokens, load.squares]
+    if kind == "refit":
+        return [1.0, load.num_bytes]
     return [1.0, load.tokens] if kind == "advantage" else [1.0]
 
 
 class Fitted:
     """A cost for `simulate` that says what a trace says of items of that size."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        """Fit all kinds and roles that the trace holds."""
+    def __init__(self, rows: Sequence[Row], *, num_bytes: Mapping[str, int] | None = None) -> None:
+        """Fit all kinds and roles that the trace holds.
+
+        Args:
+            num_bytes: role of a refit -> bytes that a group gets, in the run that is to be told, which a schedule does
+                not know; null takes the trace's.
+            rows: of one run or several, one after the other: a row an item and group, each group's in their order;
+                measured ones as `meet` and `of_leaders` leave them.
+        """
+        self.latency = _latency(rows)
+        """Seconds from an item to the next that follows from it, for `simulate`."""
+        refits: dict[str, list[int]] = {}
+        for row in rows:
+            if row.kind == "refit":
+                refits.setdefault(row.role, []).append(row.num_bytes)
+        self._num_bytes = {role: median(found) for role, found in refits.items()} | dict(num_bytes or {})
         self.weights: dict[tuple[str, str], np.ndarray] = {}
         for name in sorted({(row.kind, row.role) for row in rows}):
             of_name = [row for row in rows if (row.kind, row.role) == name]
@@ -45,7 +65,21 @@ class Fitted:
             raise DataError(
                 f"the trace holds no {item.kind} {item.role}, which this schedule runs; take one of a map that has it"
             )
+        if item.kind == "refit":
+            return float(np.dot(self.weights["refit", item.role], [1.0, self._num_bytes[item.role]]))
         return float(np.dot(self.weights[item.kind, item.role], _features(item.kind, load)))
+
+
+def _latency(rows: Sequence[Row]) -> float:
+    """Median time between two passes of a step that follow each other on a group: there it waits for nobody."""
+    last: dict[int, Row] = {}
+    gaps: list[float] = []
+    for row in rows:
+        before = last.get(row.group)
+        if before and row.kind == "decode" and before.kind in ("prefill", "decode") and before.step == row.step:
+            gaps.append(row.start - before.end)
+        last[row.group] = row
+    return median(gaps) if gaps else 0.0
 
 
 def _non_negative(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:

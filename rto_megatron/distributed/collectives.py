@@ -3,7 +3,7 @@
 All ranks of the group must make the same calls in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,22 @@ def bring_to_main(
 def barrier() -> None:
     """Wait for all ranks of the world."""
     dist.barrier()
+
+
+def meetings(sets: Iterable[tuple[int, ...]]) -> Callable[[tuple[int, ...], float], float]:
+    """A way for each of some sets of ranks to meet by itself; every rank of the world calls, with the same sets.
+
+    Returns:
+        (ranks, a number) -> the largest number that one of them brought, once all of them have called; on CPU only.
+    """
+    groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(sets)}
+
+    def largest(ranks: tuple[int, ...], number: float) -> float:
+        known = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(known, dist.ReduceOp.MAX, group=groups[ranks])
+        return known.item()
+
+    return largest
 
 
 def _own_copy(x: Tensor) -> Tensor:

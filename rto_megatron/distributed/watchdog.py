@@ -9,8 +9,8 @@
 The main thread only sets attributes. A thread publishes them each beat to the store of the ranks, over a connection of
 its own: a call that waits on a shared one would hold up all others. Two ranks of each node read what all have published
 and `judge` it: two, because the one that should find out may be the one that died. The first verdict stands; every rank
-sees it within a beat, prints it, and ends with exit code 1. torchrun sends SIGTERM to the others once one rank has
-ended: a rank that does not listen for it dies without a word.
+sees it within a beat, says so, and ends with exit code 1; one a node prints the whole story. torchrun sends SIGTERM to
+the others once one rank has ended: a rank that does not listen for it dies without a word.
 
 A beat needs Python's GIL: who holds it in C code for `dead_seconds` is taken for dead. torch's operations release it.
 """
@@ -34,125 +34,14 @@ import psutil
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
+from rto_megatron.distributed.verdict import BEATS_OF_DOUBT, BETWEEN, Status, judge, report, where
 from rto_megatron.errors import StoppedToContinue, UserError
 
-NUM_LAST_ITEMS = 20
+NUM_LAST_ITEMS = 12
 STUCK_FACTOR = 5.0
 """An item is stuck after this many times its predicted seconds."""
-BEATS_OF_DOUBT = 3
-"""Beats by which what one rank sees of another may be late."""
 LAST_ONE_SECONDS = 10.0
 """How long rank 0, which may hold the store, waits at a good end for the others to have ended as well."""
-BETWEEN = "between items"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """What a rank says of itself, and how long ago that was."""
-
-    rank: int
-    host: str = ""
-    place: str = ""
-    """Where its process number means something: ranks of one place can look at each other's processes."""
-    pid: int = 0
-    born: float = 0.0
-    """Start of the process, in seconds since 1970."""
-    beat: int = 0
-    """Number of statuses published; 0 before the first."""
-    phase: str = "start"
-    item: str = ""
-    seconds: float = 0.0
-    """In this item, without the time for which the whole job was suspended."""
-    deadline: float | None = None
-    """Seconds after which the item is stuck; None where it waits for others."""
-    with_ranks: Sequence[int] = ()
-    """Do the same item together; until all of them have entered it, this rank waits."""
-    queues: str = ""
-    error: str = ""
-    error_order: int = 0
-    """Of all ranks' errors this was the first, second, ..."""
-    error_seconds: float = 0.0
-    """Since the error, at the last beat."""
-    ended: bool = False
-    silent: float = 0.0
-    """Seconds since a monitor last saw a new beat."""
-    gone: bool = False
-    """Whether its process has ended without saying so."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why the run cannot go on."""
-
-    culprits: tuple[int, ...]
-    reason: str
-
-
-def judge(
-    statuses: Sequence[Status], *, floor_seconds: float, dead_seconds: float, beat_seconds: float
-) -> Verdict | None:
-    """Who keeps the run from going on, or None: the dead before errors, errors before the stuck, then a deadlock.
-
-    The former cause the latter: who loses a peer raises an error, or waits. What a rank does before its first item is
-    not judged; between two items it counts as waiting.
-    """
-    alive = [one for one in statuses if not one.ended]
-    # who has not published once may still be on the way to its watchdog
-    dead = [one for one in alive if one.gone or one.silent > (dead_seconds if one.beat else 2 * floor_seconds)]
-    if dead:
-        return _verdict(dead, "; ".join(map(_how_dead, dead)))
-
-    errors = sorted((one for one in statuses if one.error), key=lambda one: one.error_order)
-    since = sum(one.error_seconds + one.silent for one in errors[:1]) - BEATS_OF_DOUBT * beat_seconds
-    # an error may be the loss of a peer on another node: all must have shown a sign of life after it
-    if errors and alive and all(one.silent < since for one in alive):
-        return _verdict(errors[:1], f"rank {errors[0].rank} failed in {_where(errors[0])}: {errors[0].error}")
-
-    waiting = [one for one in alive if _waits(one, statuses)]
-    for one in alive:
-        group = [statuses[rank] for rank in sorted({one.rank, *one.with_ranks})]
-        if one not in waiting and one.deadline and min(other.seconds for other in group) > one.deadline:
-            ranks = " and ".join(f"rank {other.rank} for {other.seconds:.0f} s" for other in group)
-            return _verdict(group, f"stuck in {_where(one)}: {ranks}, the limit is {one.deadline:.0f} s")
-
-    if alive and waiting == alive and all(one.seconds > floor_seconds for one in alive):
-        idle = [one for one in alive if one.phase == BETWEEN] or alive
-        return _verdict(idle, f"deadlock: every rank waits, nothing has changed for {floor_seconds:.0f} s")
-    return None
-
-
-def _verdict(culprits: Sequence[Status], reason: str) -> Verdict:
-    return Verdict(tuple(one.rank for one in culprits), reason)
-
-
-def _where(one: Status) -> str:
-    return f"{one.phase} {one.item!r}"
-
-
-def _how_dead(one: Status) -> str:
-    how = "its process is gone" if one.gone else f"no sign of life for {one.silent:.0f} s"
-    return f"rank {one.rank} is dead: {how}, last seen in {_where(one)}"
-
-
-def _waits(one: Status, statuses: Sequence[Status]) -> bool:
-    """Whether it has nothing to do: it says so, or the others of its item are not there."""
-    if one.phase == "start" or one.error:
-        return False
-    there = [(statuses[rank].phase, statuses[rank].item) for rank in one.with_ranks]
-    return one.deadline is None or any(other != (one.phase, one.item) for other in there)
-
-
-def table(statuses: Sequence[Status], culprits: Sequence[int]) -> str:
-    """One line a rank; culprits have a star."""
-    rows = [("", "rank", "host", "phase", "item", "in it", "limit", "last beat", "queues")]
-    for one in statuses:
-        limit = "waits" if one.deadline is None else f"{one.deadline:.0f} s"
-        beat = "ended" if one.ended else "gone" if one.gone else f"{one.silent:.0f} s ago" if one.beat else "never"
-        star = "*" if one.rank in culprits else ""
-        notes = f"{one.queues}  {one.error}".strip()
-        rows.append((star, str(one.rank), one.host, one.phase, one.item, f"{one.seconds:.0f} s", limit, beat, notes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 @dataclass(frozen=True)
@@ -199,8 +88,9 @@ class Watchdog:
         # with one rank a node, there must be a second somewhere
         self._is_monitor = min(rank, int(os.environ.get("LOCAL_RANK", rank))) < 2
         self._item = self._published = _Item("start")
-        self._last: tuple[str, ...] = ()
-        self._error, self._ended, self._told, self._wake = "", False, False, threading.Event()
+        self._last: tuple[tuple[str, float], ...] = ()
+        self._error: BaseException | None = None
+        self._ended, self._wake = False, threading.Event()
         self._looked = time.monotonic()
         self._store: Store | None = None
         if world > 1:
@@ -230,9 +120,12 @@ class Watchdog:
         """The item is done. Work outside any item counts as waiting for others, as an item without seconds does."""
         done = self._item
         if done.phase not in ("start", BETWEEN):
-            words = f"{done.phase} {done.item} {time.monotonic() - done.since:.2f} s"
-            self._last = (*self._last[1 - NUM_LAST_ITEMS :], words)
-            self._item = _Item(BETWEEN, f"after {done.item}", queues=done.queues)
+            words, took = f"{done.phase} {done.item}", time.monotonic() - done.since
+            if self._last and self._last[-1][0] == words:  # a wait that was interrupted
+                self._last = (*self._last[:-1], (words, self._last[-1][1] + took))
+            else:
+                self._last = (*self._last[1 - NUM_LAST_ITEMS :], (words, took))
+            self._item = _Item(BETWEEN, f"after {done.phase} {done.item}", queues=done.queues)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -256,18 +149,16 @@ class Watchdog:
         self.stop()
 
     def fail(self, error: BaseException) -> NoReturn:
-        """Print the error, wait until the ranks agree whose fault it is, print the report, and exit with 1."""
-        if not self._told:  # else it comes of the end of the others
-            traceback.print_exception(error)
-        self._error = _in_a_line(error)
+        """Wait until the ranks agree whose fault it is, print the report, and exit with 1."""
+        self._error = error
         self._wake.set()
         self._thread.join(2 * self._limits["dead_seconds"])  # which ends the process, unless no monitor is left
-        self._tell("no verdict on the error above")
+        self._tell("no verdict on the error above", is_culprit=True)
         os._exit(1)
 
     def stop(self, error: BaseException | None = None) -> None:
         """End the watch; with the error for which this rank leaves the others, if it does."""
-        self._error = _in_a_line(error) if error else ""
+        self._error = error
         self._ended = True
         self._wake.set()
         self._thread.join(LAST_ONE_SECONDS)
@@ -282,7 +173,7 @@ class Watchdog:
             self._say_goodbye()
         except DistError as error:
             if not self._ended:
-                known = f"\n{table(self._seen, ())}" if self._is_monitor else ""
+                known = f"\n{report(self._seen, (), {self._me.rank: self._last_items()})}" if self._is_monitor else ""
                 self._tell(f"the store of the ranks is gone, with its process: {_in_a_line(error)}{known}")
                 os._exit(1)
 
@@ -300,7 +191,7 @@ class Watchdog:
         self._me = self._status(now, passed)
         if self._store:
             # in this order: who sees a status also finds the last items
-            self._store.set(f"last{self._me.rank}", json.dumps(self._last))
+            self._store.set(f"last{self._me.rank}", json.dumps(self._last_items()))
             self._store.set(f"status{self._me.rank}", json.dumps(asdict(self._me)))
         if self._ended:
             return
@@ -316,7 +207,8 @@ class Watchdog:
             self._obey(self._store.compare_set("verdict", "", found) if self._store else found)
 
     def _status(self, now: float, passed: float) -> Status:
-        me, item, error = self._me, self._item, self._error
+        me, item, error = self._me, self._item, _in_a_line(self._error) if self._error else ""
+        at, in_collective = _position(self._error)
         seconds = me.seconds + passed if item is self._published else max(0.0, now - item.since)
         self._published = item
         return replace(
@@ -328,6 +220,8 @@ class Watchdog:
             deadline=item.deadline,
             with_ranks=item.with_ranks,
             queues=item.queues,
+            at=at,
+            in_collective=in_collective,
             ended=self._ended,
             error=error,
             error_order=me.error_order or (self._store.add("errors", 1) if error and self._store else 0),
@@ -354,8 +248,8 @@ class Watchdog:
         here = [one.rank for one in seen if one.place == self._me.place and one not in silenced and not one.ended]
         text = f"the run cannot go on: {verdict['reason']}"
         if self._me.rank == min(here, default=self._me.rank):  # one a node has the whole story
-            text += f"\n{table(seen, culprits)}\n" + "\n".join(self._last_items(seen))
-        self._tell(text)
+            text += f"\n{report(seen, culprits, {one.rank: self._last_items_of(one) for one in seen})}"
+        self._tell(text, is_culprit=self._me.rank in culprits)
         for one in silenced:
             process = _process(one) if one.place == self._me.place else None
             if process:  # it is stopped, or hangs where it cannot see the verdict
@@ -363,23 +257,44 @@ class Watchdog:
                     process.kill()
         os._exit(1)
 
-    def _last_items(self, seen: Sequence[Status]) -> Iterator[str]:
-        for one in seen:
-            last = json.loads(self._store.get(f"last{one.rank}")) if self._store and one.beat else self._last
-            yield f"last items of rank {one.rank}: {'; '.join(last) or 'none'}"
+    def _last_items(self) -> list[str]:
+        return [f"{words} {took:.2f}s" for words, took in self._last]
 
-    def _tell(self, text: str) -> None:
+    def _last_items_of(self, one: Status) -> list[str]:
+        return json.loads(self._store.get(f"last{one.rank}")) if self._store and one.beat else self._last_items()
+
+    def _tell(self, text: str, *, is_culprit: bool = False) -> None:
         """Print the text and what this rank is at, and give the others the time to hear of it too."""
-        self._told = True
         me = f"rank {self._me.rank}"
-        text = f"{me}: {text}\n{me} is in {_where(self._me)} for {self._me.seconds:.0f} s"
-        if not self._error:  # which has been printed with its own stack
+        text = f"{me}: {text}\n{me} is in {where(self._me)} for {self._me.seconds:.0f} s, at {self._me.at}"
+        if self._error:  # of another rank's end; or that rank's own
+            stack = traceback.format_exception(self._error)
+            text = f"{''.join(stack)}{text}" if is_culprit else f"{text}, with {_in_a_line(self._error)}"
+        elif is_culprit:
             frame = sys._current_frames().get(threading.main_thread().ident or 0)
-            text += ", its main thread:\n" + "".join(traceback.format_stack(frame)).rstrip()
+            text += "; its main thread:\n" + "".join(traceback.format_stack(frame)).rstrip()
         print(text, file=sys.stderr, flush=True)
         # the main thread may hold the lock of stdout
         threading.Thread(target=sys.stdout.flush, daemon=True).start()
         time.sleep(BEATS_OF_DOUBT * self._limits["beat_seconds"])
+
+
+def _position(error: BaseException | None) -> tuple[str, bool]:
+    """The lines of ours that the main thread executes, or that raised; and whether they are inside a collective."""
+    if error:
+        stack = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)][::-1]
+    else:
+        top = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = [(frame.f_code, line) for frame, line in traceback.walk_stack(top)]
+    ours = [(code, line) for code, line in stack if _is_ours(code.co_filename)][:2]
+    in_collective = any(code.co_filename.endswith("/distributed_c10d.py") for code, _ in stack)
+    lines = [f"{Path(code.co_filename).name}:{line} {code.co_name}" for code, line in ours or stack[:1]]
+    return " > ".join(reversed(lines)), in_collective
+
+
+def _is_ours(path: str) -> bool:
+    package = str(Path(__file__).parents[1])
+    return path.startswith(package) or not ("/site-packages/" in path or path.startswith(("<", sys.base_prefix)))
 
 
 def _place() -> str:

@@ -1,6 +1,9 @@
 """How long an item should take: from what was seen of its kind, at first from how much arithmetic it is."""
 
+import math
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,47 +12,95 @@ from rto_megatron.config.run import RTORun
 from rto_megatron.schedule.rooflines import matmul_parameters
 from rto_megatron.schedule.work import Item
 
-SLOW_FLOPS = 1e9
-"""Operations per second of one rank that nobody falls below. A guess that is too low only makes deadlines later."""
+# Guesses that nobody falls below. One that is too low only makes the first deadlines later.
+SLOW_FLOPS = {"cpu": 3e9}
+"""Operations per second of one rank; of a GPU it is the weights that it reads for a single token."""
+SLOW_FLOPS_OF_GPU = 1e12
+SLOW_PASS_SECONDS = 0.02
+"""Of a forward through the model, however small it is."""
+SLOW_BYTES = 5e7
+"""Per second, to a disk or to another rank."""
+FIRST_SECONDS = 15.0
+"""For what a kind of work sets up when it is done for the first time."""
 
-BOUNDARY_SECONDS = 240.0
-"""For an evaluation and a checkpoint; more once one has taken longer."""
+NUM_SEEN = 32
+"""A slow start is forgotten after so many items of the kind."""
 
 FORWARDS = {"score": 5, "proximal": 1, "train": 6, "prefill": 1, "decode": 1}
 """Passes of a model over each token."""
+
+SAVED_BYTES = 16
+"""Of a parameter with its optimizer state."""
 
 
 class Pace:
     """Predicted seconds of items, for deadlines: meant to be too long rather than too short."""
 
-    def __init__(self, config: RTORun, model: ModelConfig) -> None:
-        """Nothing has been seen."""
+    def __init__(self, config: RTORun, model: ModelConfig, *, device: str, num_held_out: int) -> None:
+        """Nothing has been seen.
+
+        Args:
+            device: its type.
+            num_held_out: prompts of an evaluation.
+        """
+        self._config, self._num_held_out = config, num_held_out
         self._window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
         self._parameters = matmul_parameters(model)
-        self._slowest: dict[tuple[str, str], float] = {}
-        """(kind, role) -> largest seconds of a token, or of the item where tokens do not count."""
-
-    def predict(self, item: Item) -> float:
-        """Seconds."""
-        seen = self._slowest.get((item.kind, item.role))
-        if seen is not None:
-            return seen * self._tokens(item)
-        if item.kind in FORWARDS:
-            return 2.0 * self._parameters * FORWARDS[item.kind] * self._tokens(item) / SLOW_FLOPS
-        if item.kind == "boundary":
-            return BOUNDARY_SECONDS
-        return 100 * self._parameters / SLOW_FLOPS  # optimizer, refit: a few passes over the weights
+        self._flops = SLOW_FLOPS.get(device, SLOW_FLOPS_OF_GPU)
+        self._seen: dict[tuple[str, str], deque[tuple[float, int]]] = {}
+        """(kind, role) -> seconds and tokens of its latest items."""
+        self._inside = 0.0
+        """Seconds of what was timed inside what is being timed."""
 
     @contextmanager
-    def timed(self, item: Item) -> Iterator[float]:
-        """Give the predicted seconds, and learn from those that the block takes."""
-        start = time.perf_counter()
-        yield self.predict(item)
-        key, took = (item.kind, item.role), (time.perf_counter() - start) / self._tokens(item)
-        self._slowest[key] = max(took, self._slowest.get(key, BOUNDARY_SECONDS if item.kind == "boundary" else 0.0))
+    def item(self, item: Item) -> Iterator[float]:
+        """Give the predicted seconds of an item, and learn from those that the block takes."""
+        if item.kind in FORWARDS:
+            steps = item.num_steps if item.kind == "decode" else self._window
+            tokens = max(1, len(item.samples)) * steps
+            passes = item.num_steps if item.kind == "decode" else FORWARDS[item.kind] * len(item.samples)
+            guess = self._arithmetic(FORWARDS[item.kind] * tokens, passes)
+        else:
+            tokens, guess = 1, self._arithmetic(50, 1) + 2 * self._parameters / SLOW_BYTES
+        # of what several groups do, most of the time may be waiting for the last of them, which is not too slow
+        usual = statistics.median if len(item.groups) > 1 else max
+        seen = self._seen.get((item.kind, item.role), ())
+        if seen:
+            growth = max(1.0, tokens / max(number for _, number in seen))
+            guess = growth * usual(seconds for seconds, _ in seen)
+        else:
+            guess += FIRST_SECONDS
+        with self._timed(item.kind, item.role, tokens):
+            yield guess
 
-    def _tokens(self, item: Item) -> int:
-        """At most; 1 for what does not depend on them."""
-        if item.kind not in FORWARDS:
-            return 1
-        return max(1, len(item.samples)) * (item.num_steps if item.kind == "decode" else self._window)
+    @contextmanager
+    def phase(self, name: str) -> Iterator[float]:
+        """The same of a phase of a step: of the sequential run, or at a boundary."""
+        seen = [seconds for seconds, _ in self._seen.get((name, ""), ())]
+        # most saves have nothing to do, which says nothing of the others
+        guess = max([self._guess(name), *seen] if name == "save" or not seen else seen)
+        with self._timed(name, "", 1):
+            yield guess
+
+    def _guess(self, phase: str) -> float:
+        rollout, samples = self._config.rollout, self._config.prompts_per_step * self._config.samples_per_prompt
+        if phase == "save":
+            return FIRST_SECONDS + 2 * SAVED_BYTES * self._parameters / SLOW_BYTES
+        if phase in ("generate", "evaluate"):
+            samples = samples if phase == "generate" else self._num_held_out
+            passes = math.ceil(samples / (rollout.max_slots or samples)) * rollout.max_new_tokens
+            forwards = 1 if phase == "generate" else 1 + FORWARDS["score"]
+            return FIRST_SECONDS + self._arithmetic(forwards * samples * self._window, passes)
+        forwards = 1 + FORWARDS.get("train" if phase == "update" else phase, 0)
+        return FIRST_SECONDS + self._arithmetic(forwards * samples * self._window, forwards * samples)
+
+    def _arithmetic(self, tokens: int, passes: int) -> float:
+        return 2.0 * self._parameters * tokens / self._flops + passes * SLOW_PASS_SECONDS
+
+    @contextmanager
+    def _timed(self, kind: str, role: str, tokens: int) -> Iterator[None]:
+        start, outside, self._inside = time.perf_counter(), self._inside, 0.0
+        yield
+        took = time.perf_counter() - start
+        self._seen.setdefault((kind, role), deque(maxlen=NUM_SEEN)).append((took - self._inside, tokens))
+        self._inside = outside + took

@@ -19,7 +19,7 @@ from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.readers import PromptRow
 from rto_megatron.distributed.checkpoint import Checkpoint
-from rto_megatron.distributed.collectives import gather_objects, sum_in_rank_order
+from rto_megatron.distributed.collectives import barrier, gather_objects, sum_in_rank_order
 from rto_megatron.distributed.runtime import Runtime, is_main, rank, world_size
 from rto_megatron.distributed.step import accumulate, score, token_log_probs
 from rto_megatron.distributed.watchdog import Watchdog
@@ -173,7 +173,7 @@ class RTOWork:
             said = score(trained.model, rows, token_log_probs, mesh, micro_batch_size=size)[..., 0]
             log_probs[list(pack.samples), : said.shape[1]] = said[:, : log_probs.shape[1]]
         state.proximal = sum_in_rank_order(log_probs, mesh)  # disjoint rows: nothing is rounded
-        return Outcome(load=Load(state.samples.contexts(row for pack in mine for row in pack.samples)))
+        return Outcome(load=Load(state.samples.contexts(item.samples)))
 
     def _advantage(self, item: Item, state: StepState) -> Outcome:
         if self._early:
@@ -361,4 +361,5 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
                 disturb=Disturbance(plan.delay_seconds, random.Random(f"{rank()}/{time.time_ns()}")),
                 clock=trace.clock,
             ).run(schedule)
+        barrier()  # who closes while another has letters to read would be taken for dead
         links.close()

@@ -73,7 +73,7 @@ def main(path: Path | None, words: list[str]) -> int:
     console, found = Console(), timed(rows, list(map(len, cast.groups)), staleness=staleness)
     source = f"fitted to {options.costs}" if options.costs else f"rooflines of {options.gpu}, nothing measured"
     console.say(f"costs: {source}")
-    name = f"{cast.describe(config.schedule.map)}{', one step off' * staleness}{', early minibatches' * early}"
+    name = f"{cast.describe()}{', one step off' * staleness}{', early minibatches' * early}"
     console.say(f"{name}: {found.seconds:.4g} seconds per step\n")
     show_phases(console, found)
     _show_memory(console, config, options, cast, sizes)

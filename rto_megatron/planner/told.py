@@ -27,7 +27,7 @@ class Timed:
     @property
     def idle(self) -> float:
         """Seconds of a step in which a rank runs nothing."""
-        return self.seconds - sum(self.phases.values())
+        return max(0.0, self.seconds - sum(self.phases.values()))
 
 
 def timed(rows: Sequence[Row], ranks: Sequence[int], *, staleness: int) -> Timed:

@@ -3,7 +3,7 @@
 Symbols: N parameters that tokens are multiplied with, L layers, h hidden size, t tensor ranks, p pipeline ranks.
 
     decode     max(read weights and cache, 2 N tokens) / t, and 2 L all-reduces of t ranks, and the host, each step
-    prefill    (2 N + attention) tokens / ranks; score the same for each model that is asked
+    prefill    (2 N + attention) tokens / ranks, and all-reduces of many tensor ranks; score the same for each model
     proximal   one forward of the policy, a share each
     train      3 forwards (4 with full recompute) of each model that learns, stretched by filling and draining the
                pipeline: once for both models, or once each (`pipeline_time.py`)
@@ -66,7 +66,9 @@ class Efficiency:
     compute: float = 0.36
     """Of the operations, in scoring and training."""
     gemm: float = 0.65
-    """Of the operations, in the matrix products of decoding."""
+    """Of the operations, in matrix products alone."""
+    tensor_hidden: float = 0.5
+    """All-reduces of tensor ranks that `compute` stands for, relative to the matrix products; what is above it adds."""
     link: float = 0.7
     network: float = 0.8
     all_reduce_seconds: float = 9e-6
@@ -162,12 +164,12 @@ class Roofline:
         if item.kind == "decode":
             return self.decode(num_steps=load.num_steps, tokens=load.tokens, context=load.context)
         if item.kind == "prefill":
-            return self._forward(load, self.layout.engine_ranks)
+            return self._forward(load, self.layout.engine_ranks, self.layout.engine_tensor)
         if item.kind == "score":
             return self.score(load, self.ranks(group))
         if item.kind == "proximal":
             ranks = self.layout.train_ranks * len(item.groups)
-            return self.roles.proximal * self._computed(load, ranks)
+            return self.roles.proximal * self._computed(load, ranks, self.layout.train_tensor)
         if item.kind == "train":
             return self.train(load, num_models=2 if item.role == "both" else 1, alone=item.role == "critic")
         if item.kind == "optimizer":
@@ -179,7 +181,7 @@ class Roofline:
     def score(self, load: Load, ranks: int) -> float:
         """Seconds in which so many ranks ask all models that score about these samples."""
         forwards = self.roles.scored - self.roles.scored_fp8 * (1 - 1 / self.efficiency.fp8)
-        return forwards * self._computed(load, ranks)
+        return forwards * self._computed(load, ranks, self.layout.train_tensor)
 
     def ranks(self, group: int) -> int:
         """Of a group: a group that trains has the trainers' layout for scoring too."""
@@ -217,18 +219,22 @@ class Roofline:
         micros = max(1, math.ceil(self.roles.padding * load.tokens / (copies * layout.micro_tokens * layout.filled)))
         together = num_models if self.roles.one_stream else 1
         stretched = stretch(together * micros, pipeline, forwards)
-        return num_models * forwards * self._computed(load, ranks) * stretched
+        return num_models * forwards * self._computed(load, ranks, tensor) * stretched
 
     def gradient_seconds(self) -> float:
-        """Reduce-scatter of bfloat16 gradients and all-gather of weights between nodes, nothing hidden."""
-        return 4 * self.parameters / self.layout.pipeline / self._node_network
+        """Reduce-scatter of bfloat16 gradients and all-gather of weights, nothing hidden; none with one copy."""
+        layout, groups = self.layout, len(self.placement.policy)
+        copy = layout.train_tensor * layout.pipeline
+        if groups * layout.train_ranks == copy:
+            return 0.0
+        return 4 * self.parameters / (self._in_node(copy) or layout.pipeline * self._node_network)
 
     def refit_seconds(self, *, local: bool = False) -> float:
         """New weights of one model into every node; or, local, read and written where they are."""
         if local:
             ranks = self.layout.train_tensor * self.layout.pipeline
             return 2 * 2 * self.parameters / ranks / (self.gpu.bandwidth * self.efficiency.memory)
-        return 2 * self.parameters / self._node_network
+        return 2 * self.parameters / (self._in_node(self.layout.engine_tensor) or self._node_network)
 
     def boundary_seconds(self) -> float:
         """What a group that writes with the weights that it trains does between the two, in a step."""
@@ -240,14 +246,27 @@ class Roofline:
         )
         return self.efficiency.swap_seconds + (0.0 if same else self.refit_seconds())
 
+    def _in_node(self, ranks: int) -> float:
+        """Bytes per second into so many ranks from the others of their node; 0 where the run has several nodes."""
+        alone = sum(map(self.ranks, self.placement.groups)) <= GPUS_PER_NODE
+        return alone * ranks * self.gpu.link * self.efficiency.link
+
     @property
     def _node_network(self) -> float:
         return GPUS_PER_NODE * self.gpu.network * self.efficiency.network
 
-    def _forward(self, load: Load, ranks: int) -> float:
+    def _forward(self, load: Load, ranks: int, tensor: int) -> float:
         flops = forward_flops(self.model, tokens=load.tokens, squares=load.squares)
-        return flops / (ranks * self.gpu.flops * self.efficiency.compute)
+        eta = self.efficiency
+        more = max(0.0, self._tensor_ratio(tensor) - eta.tensor_hidden) * eta.compute / eta.gemm
+        return (1 + more) * flops / (ranks * self.gpu.flops * eta.compute)
 
-    def _computed(self, load: Load, ranks: int) -> float:
+    def _computed(self, load: Load, ranks: int, tensor: int) -> float:
         """As `_forward`, with the padding that scoring and training compute too."""
-        return self.roles.padding * self._forward(load, ranks)
+        return self.roles.padding * self._forward(load, ranks, tensor)
+
+    def _tensor_ratio(self, tensor: int) -> float:
+        """Seconds of a token's all-reduces, relative to those of its matrix products."""
+        layers, width, eta = self.model.num_layers, self.model.hidden_size, self.efficiency
+        sent = 2 * layers * 2 * (tensor - 1) / tensor * width * 2 / (self.gpu.link * eta.link)
+        return sent / (2 * self.parameters / (tensor * self.gpu.flops * eta.gemm))

@@ -70,9 +70,39 @@ def test_the_longest_response_alone(model, context, seconds):
 )
 def test_gradients_and_new_weights_between_nodes(model, pipeline, gradients, refit):
     layout = Layout(engine_ranks=8, train_ranks=32, train_tensor=8, pipeline=pipeline)
-    cost = Roofline(MODELS[model], GPUS["h100"], split(1, 1), layout)
+    cost = Roofline(MODELS[model], GPUS["h100"], split(1, 2), layout)
     assert cost.gradient_seconds() == pytest.approx(gradients, rel=0.07)
     assert cost.refit_seconds() == pytest.approx(refit, rel=0.07)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensor", "milliseconds"),
+    [("llama3-8b", 2, (0.40, 2.78)), ("llama3-8b", 4, (0.60, 1.39)), ("llama3-8b", 8, (0.70, 0.69)),
+     ("llama3-70b", 8, (1.39, 2.73))],
+)  # fmt: skip
+def test_all_reduces_beside_matrix_products_of_a_layer(model, tensor, milliseconds):
+    cost = Roofline(MODELS[model], GPUS["h100"], colocated(1), Layout(engine_ranks=8, train_ranks=8))
+    assert cost._tensor_ratio(tensor) == pytest.approx(milliseconds[0] / milliseconds[1], rel=0.1)
+
+
+def test_eight_billion_parameters_train_slower_on_eight_tensor_ranks_than_on_two():
+    def seconds(tensor):
+        layout = Layout(engine_ranks=8, train_ranks=8, train_tensor=tensor)
+        return Roofline(MODELS["llama3-8b"], GPUS["h100"], colocated(1), layout).train(Load([1024] * 64), num_models=1)
+
+    assert seconds(8) > 1.2 * seconds(2)
+    assert seconds(4) == seconds(2)
+
+
+def test_nothing_leaves_a_node_where_there_is_one_and_one_copy_has_nothing_to_sum():
+    def cost(groups, ranks, tensor):
+        layout = Layout(engine_ranks=ranks, train_ranks=ranks, engine_tensor=tensor, train_tensor=tensor)
+        return Roofline(MODELS["llama3-8b"], GPUS["h100"], colocated(groups), layout)
+
+    assert cost(1, 8, 8).gradient_seconds() == 0
+    # 4 * 7.5e9 bytes into one rank at 0.7 * 450e9
+    assert cost(8, 1, 1).gradient_seconds() == pytest.approx(4 * 7.5e9 / (0.7 * 450e9), rel=0.01)
+    assert cost(2, 8, 1).gradient_seconds() == pytest.approx(0.094, rel=0.01)
 
 
 def test_three_microbatches_in_four_stages_double_the_time_and_one_stream_halves_the_bubble():

@@ -10,12 +10,16 @@ import queue
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 LOST = object()
-"""What is read from a rank that has closed its end."""
+"""What is read from a rank that has gone without a word."""
+
+GOOD_BYE = "good-bye"
+"""The last message of a rank that has all it needs; others may still wait for each other."""
 
 
 class PeerLost(RuntimeError):
@@ -57,8 +61,10 @@ class Links:
         return rank, message
 
     def close(self) -> None:
-        """Say good-bye; messages that nobody has read are lost."""
+        """Say good-bye; messages that this rank has not read are lost."""
         for connection in self.peers.values():
+            with suppress(OSError):  # it may have left before
+                connection.send(GOOD_BYE)
             connection.close()
 
 
@@ -113,6 +119,10 @@ def _read(peers: dict[int, Connection], inbox: "queue.SimpleQueue[tuple[int, Any
             return  # we have closed them
         for connection in ready:
             try:
-                inbox.put((rank_of[connection], connection.recv()))  # type: ignore[index, union-attr]
+                message = connection.recv()  # type: ignore[union-attr]
+                if message == GOOD_BYE:
+                    del rank_of[connection]  # type: ignore[arg-type]
+                else:
+                    inbox.put((rank_of[connection], message))  # type: ignore[index]
             except (EOFError, OSError, TypeError):
                 inbox.put((rank_of.pop(connection), LOST))  # type: ignore[arg-type]

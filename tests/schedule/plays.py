@@ -1,4 +1,4 @@
-"""Runs to rehearse: four groups of a rank each, and items that take tens of milliseconds."""
+"""Runs to rehearse, four groups of a rank each and items that take tens of milliseconds; and notes of real runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,10 +6,13 @@ from typing import Any
 
 from rto_megatron.schedule.emulate import Play, rehearse
 from rto_megatron.schedule.placement import RoleMap
+from rto_megatron.schedule.policy import Schedule
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Efficiency, Layout, Roofline
+from rto_megatron.schedule.simulate import Cost, Responses, simulate
 from rto_megatron.schedule.trace import Row
-from rto_megatron.schedule.work import Sizes
+from rto_megatron.schedule.work import Sizes, StepInput
 from rto_megatron.schedule.workload import Workload
+from tests.stages.chain import run_stage
 
 WORLD = 4
 
@@ -66,3 +69,46 @@ def rehearse_all(settings: Sequence[Setting]) -> list[list[Row]]:
 
     start_runtime(threads=1)
     return [rehearse(setting.play(), [(rank,) for rank in range(WORLD)]) for setting in settings]
+
+
+@dataclass
+class Notes:
+    """What a run's schedule was made of, for another one like it."""
+
+    placement: RoleMap
+    sizes: Sizes
+    more: dict[str, Any]
+    known: dict[int, StepInput] = field(default_factory=dict)
+    lengths: dict[int, dict[int, int]] = field(default_factory=dict)
+    """Step -> tokens of each response."""
+
+    def simulate(self, cost: Cost, *, latency: float) -> list[Row]:
+        """The same schedule, simulated."""
+        schedule = Schedule(self.placement, self.sizes, self.known.__getitem__, **self.more)
+        responses = Responses(lambda step: self.known[step].prompt_tokens, self.lengths.__getitem__)
+        return simulate(schedule, responses, cost, latency=latency)
+
+
+def train_with_notes(chain, settings: list[str]) -> Notes:
+    """A whole run of the stage rto in this rank, which leads a group."""
+    from rto_megatron.stages import interleaved
+
+    made: list[Notes] = []
+
+    class Noted(Schedule):
+        def __init__(self, placement, sizes, inputs, **more):
+            self.notes = Notes(placement, sizes, more)
+            made.append(self.notes)
+
+            def noted(step):
+                return self.notes.known.setdefault(step, inputs(step))
+
+            super().__init__(placement, sizes, noted, **more)
+
+        def done(self, group, item, lengths=None):
+            self.notes.lengths.setdefault(item.step, {}).update(lengths or {})
+            super().done(group, item, lengths)
+
+    interleaved.Schedule = Noted
+    run_stage("rto", chain, settings)
+    return made[0]

@@ -20,11 +20,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+from rto_megatron.planner.consolidation import tail_gain
 from rto_megatron.schedule.limits import resource_bound
 from rto_megatron.schedule.placement import RoleMap, colocated, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Efficiency, Layout, Roles, Roofline
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import Row
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload, padding, seconds_per_step
 
@@ -32,8 +31,6 @@ SAMPLES, MINIBATCH, SLICE = 1024, 128, 32
 PADDED_ROWS = 2
 """Samples of a padded microbatch."""
 UNTUNED = Efficiency(memory=0.65, host_seconds=2e-3)
-KEPT = 0.2
-"""Consolidation: once so few of the responses are unfinished, so few of the engines go on with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +197,7 @@ def seconds_of(case_name: str, how: How | None) -> float:
     sizes = _sizes(6 if how.staleness else 3, len(placement.engines))
     rows = workload.run(cost, sizes, placement, staleness=how.staleness, early=how.early)
     found = seconds_per_step(rows, staleness=how.staleness)
-    return found - (tail_gain(rows, cost, workload) if how.tail else 0.0)
+    return found - (tail_gain(rows, cost, workload, samples=SAMPLES) if how.tail else 0.0)
 
 
 def _sizes(num_steps: int, lanes: int) -> Sizes:
@@ -233,49 +230,6 @@ def _placed(case: Case, how: How) -> tuple[RoleMap, Layout, Workload]:
         engine_fp8=how.fp8,
     )
     return placement, layout, workload
-
-
-def tail_gain(rows: list[Row], cost: Roofline, workload: Workload) -> float:
-    """Seconds of a step that consolidation saves where all ranks do all, a mean over steps; never below 0.
-
-    A fluid estimate, not a run: the schedule moves no response to another engine. Once 20 % are unfinished, 20 % of
-    the engines (rounded up) go on with them; the others score what has ended.
-    """
-    engines = cost.layout.engine_ranks // cost.layout.engine_tensor
-    kept = -(-round(10 * KEPT * engines) // 10)
-    if kept >= engines:
-        return 0.0
-    few = Roofline(
-        cost.model,
-        cost.gpu,
-        cost.placement,
-        replace(cost.layout, engine_ranks=kept * cost.layout.engine_tensor),
-        roles=cost.roles,
-        efficiency=cost.efficiency,
-    )
-    steps = sorted({row.step for row in rows})
-    return sum(_gain(rows, step, cost, few, workload, 1 - kept / engines) for step in steps) / len(steps)
-
-
-def _gain(rows: list[Row], step: int, cost: Roofline, few: Roofline, workload: Workload, freed: float) -> float:
-    lengths = sorted(workload.lengths(step, SAMPLES))
-    written = 1  # the prefill draws the first token
-    ended = waiting = spent = saved = 0.0
-    for row in sorted((row for row in rows if row.step == step and row.kind == "decode"), key=lambda row: row.start):
-        written += row.num_steps
-        now = sum(length <= written for length in lengths)
-        waiting += _score_seconds(cost, [workload.prompt_tokens + length for length in lengths[int(ended) : now]])
-        ended = now
-        if row.samples > KEPT * SAMPLES:
-            continue
-        slower = few.decode(num_steps=row.num_steps, tokens=row.tokens, context=row.context)
-        scored = min(waiting, freed * slower)
-        waiting, spent, saved = waiting - scored, spent + slower - row.seconds, saved + scored
-    return max(0.0, saved - spent)
-
-
-def _score_seconds(cost: Roofline, totals: list[int]) -> float:
-    return cost.score(Load(totals), cost.layout.engine_ranks)
 
 
 @dataclass(frozen=True, kw_only=True)

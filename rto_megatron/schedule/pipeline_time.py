@@ -76,11 +76,18 @@ def stream(order: Sequence[tuple[int, int]], num_stages: int) -> list[list[Task]
     return plans
 
 
-def stream_seconds(order: Sequence[tuple[int, int]], num_stages: int, forward: Sequence[float]) -> float:
-    """Of one stream; `forward`: seconds of each model's microbatch on a stage, the backward pass takes twice that."""
+def stream_seconds(
+    order: Sequence[tuple[int, int]], num_stages: int, forward: Sequence[float], *, backward: float = 2.0
+) -> float:
+    """Of one stream.
+
+    Args:
+        forward: seconds of each model's microbatch on a stage.
+        backward: of a backward pass, in forwards: 2, and 3 where all is computed again.
+    """
     return makespan(
         stream(order, num_stages),
-        lambda task: forward[task.model] * (2 if task.backward else 1),
+        lambda task: forward[task.model] * (backward if task.backward else 1.0),
         num_stages=lambda model: num_stages,
     )
 
@@ -90,13 +97,9 @@ def stretch(num_micros: int, num_stages: int, forwards: float = 3.0) -> float:
     """Seconds of a stream of equal microbatches, relative to those of its work alone: 1 without a pipeline.
 
     Args:
-        forwards: of a microbatch, forward and backward, in forwards: 3, and 4 where all is computed again.
+        forwards: of a microbatch, forward and backward: 3, and 4 where all is computed again.
     """
     if num_stages == 1:
         return 1.0
-    found = makespan(
-        stream([(0, number) for number in range(num_micros)], num_stages),
-        lambda task: forwards - 1 if task.backward else 1.0,
-        num_stages=lambda model: num_stages,
-    )
-    return found / (num_micros * forwards)
+    order = [(0, number) for number in range(num_micros)]
+    return stream_seconds(order, num_stages, [1.0], backward=forwards - 1) / (num_micros * forwards)

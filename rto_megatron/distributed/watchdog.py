@@ -98,6 +98,8 @@ class Watchdog:
             self._store = shared.clone()  # type: ignore[reportAttributeAccessIssue]  # torch 2.8 and later
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
         self._thread.start()
+        if world > 1:
+            threading.Thread(target=self._look_after_itself, name="watchdog alone", daemon=True).start()
 
     def enter(
         self, phase: str, item: str, *, seconds: float | None = None, with_ranks: Sequence[int] = (), queues: str = ""
@@ -173,8 +175,22 @@ class Watchdog:
             self._say_goodbye()
         except DistError as error:
             if not self._ended:
-                known = f"\n{report(self._seen, (), {self._me.rank: self._last_items()})}" if self._is_monitor else ""
-                self._tell(f"the store of the ranks is gone, with its process: {_in_a_line(error)}{known}")
+                self._tell(f"the store of the ranks is gone, with its process: {_in_a_line(error)}{self._known()}")
+                os._exit(1)
+
+    def _look_after_itself(self) -> None:
+        """Where the store does not answer, as when its machine has lost power, a rank that is stuck ends by itself."""
+        quiet, before, looked = 0.0, (0, self._item), time.monotonic()
+        while not self._ended:
+            time.sleep(self._limits["beat_seconds"])
+            now, state = time.monotonic(), (self._me.beat, self._item)
+            passed = min(now - looked, BEATS_OF_DOUBT * self._limits["beat_seconds"])
+            quiet = quiet + passed if state == before and self._item.phase != "start" else 0.0
+            before, looked = state, now
+            limit = max(self._limits["dead_seconds"], self._item.deadline or self._limits["floor_seconds"])
+            if quiet > limit:
+                said = f"the store of the ranks does not answer, and nothing has changed for {quiet:.0f} s"
+                self._tell(said + self._known(), is_culprit=True)
                 os._exit(1)
 
     def _say_goodbye(self) -> None:
@@ -209,7 +225,7 @@ class Watchdog:
     def _status(self, now: float, passed: float) -> Status:
         me, item, error = self._me, self._item, _in_a_line(self._error) if self._error else ""
         at, in_collective = _position(self._error)
-        seconds = me.seconds + passed if item is self._published else max(0.0, now - item.since)
+        seconds = me.seconds + passed if item is self._published else min(passed, max(0.0, now - item.since))
         self._published = item
         return replace(
             me,
@@ -257,6 +273,10 @@ class Watchdog:
                     process.kill()
         os._exit(1)
 
+    def _known(self) -> str:
+        """What was known when the store last answered."""
+        return f"\n{report(self._seen, (), {self._me.rank: self._last_items()})}" if self._is_monitor else ""
+
     def _last_items(self) -> list[str]:
         return [f"{words} {took:.2f}s" for words, took in self._last]
 
@@ -271,8 +291,9 @@ class Watchdog:
             stack = traceback.format_exception(self._error)
             text = f"{''.join(stack)}{text}" if is_culprit else f"{text}, with {_in_a_line(self._error)}"
         elif is_culprit:
-            frame = sys._current_frames().get(threading.main_thread().ident or 0)
-            text += "; its main thread:\n" + "".join(traceback.format_stack(frame)).rstrip()
+            stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
+            kept = [frame for frame in stack if _is_ours(frame.filename) or frame in stack[-3:]]
+            text += "; its main thread:\n" + "".join(traceback.format_list(kept)).rstrip()
         print(text, file=sys.stderr, flush=True)
         # the main thread may hold the lock of stdout
         threading.Thread(target=sys.stdout.flush, daemon=True).start()

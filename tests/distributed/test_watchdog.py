@@ -35,6 +35,10 @@ RANK = """
                     "error": lambda: [][0],
                     "user error": lambda: (_ for _ in ()).throw(DataError("p.jsonl:2: is no object")),
                     "launcher killed": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(300)),
+                    "launcher stopped": lambda: (
+                        os.system(f"(sleep 20; kill -KILL {os.getppid()}) & kill -STOP {os.getppid()}"),
+                        time.sleep(300),
+                    ),
                     "nothing": lambda: time.sleep(1),
                 }[deed]()
             watchdog.leave()
@@ -110,6 +114,13 @@ def test_ranks_tell_when_the_store_is_gone_with_the_launcher(tmp_path):
     assert seconds < 20, output
     for rank in range(3):
         assert f"rank {rank}: the store of the ranks is gone" in output
+
+
+@pytest.mark.slow
+def test_ranks_that_are_stuck_end_without_the_store(tmp_path):
+    _, output, _ = run_three(tmp_path, 1, "launcher stopped", "torch.distributed.run")
+    for rank in range(3):
+        assert f"rank {rank}: the store of the ranks does not answer, and nothing has changed for" in output
 
 
 def test_a_good_end_is_quiet(tmp_path):

@@ -35,25 +35,13 @@ class Play:
     staleness: int = 0
     early: bool = False
 
-    def schedule(self) -> Schedule:
-        """As it begins."""
-        return Schedule(
-            self.placement,
-            self.sizes,
-            lambda step: self.workload.known(step, self.sizes),
-            staleness=self.staleness,
-            early=self.early,
-        )
-
-    def responses(self) -> Responses:
-        """None is written."""
-        known = [self.workload.known(step, self.sizes).prompt_tokens for step in range(self.sizes.num_steps)]
-        lengths = [self.workload.lengths(step, self.sizes.samples) for step in range(self.sizes.num_steps)]
-        return Responses(known.__getitem__, lengths.__getitem__)
+    def begin(self) -> tuple[Schedule, Responses]:
+        """Nothing of it has happened."""
+        return self.workload.begin(self.sizes, self.placement, staleness=self.staleness, early=self.early)
 
     def simulate(self, cost: Cost | None = None, *, latency: float = 0.0) -> list[Row]:
         """What the simulator says, if it thinks that the items have another cost."""
-        return simulate(self.schedule(), self.responses(), cost or self.cost, latency=latency)
+        return simulate(*self.begin(), cost or self.cost, latency=latency)
 
 
 def rehearse(play: Play, groups: Sequence[Sequence[int]]) -> list[Row]:
@@ -66,9 +54,9 @@ def rehearse(play: Play, groups: Sequence[Sequence[int]]) -> list[Row]:
     links, rows = connect(rank(), groups, gather_objects), []
     leads = any(ranks[0] == rank() for ranks in groups)
     loop = Loop(groups, links, actor, write=rows.append, watch=_unwatched, disturb=_no_delay)
-    schedule = play.schedule() if leads else None
+    schedule, _ = play.begin()
     barrier()
-    loop.run(schedule)
+    loop.run(schedule if leads else None)
     told = gather_objects(rows)
     links.close()
     return of_leaders(meet(row for own in told for row in own))
@@ -86,7 +74,7 @@ class Actor:
     ) -> None:
         """`meeting`: (ranks, when this one came) -> when the last of them came; all of them call."""
         self._cost, self._groups, self._meeting = play.cost, groups, meeting
-        self._responses = play.responses()
+        _, self._responses = play.begin()
         self._ended = self._late = 0.0
 
     def run(self, item: Item) -> Outcome:

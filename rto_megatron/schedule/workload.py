@@ -52,6 +52,20 @@ class Workload:
             minibatches += [order[i : i + sizes.minibatch] for i in range(0, sizes.samples, sizes.minibatch)]
         return StepInput([self.prompt_tokens] * sizes.samples, minibatches)
 
+    def begin(
+        self, sizes: Sizes, placement: RoleMap, *, staleness: int = 0, early: bool = False
+    ) -> tuple[Schedule, Responses]:
+        """A run of it on a role map, of which nothing has happened; the arguments are those of `Schedule`."""
+        known = [self.known(step, sizes) for step in range(sizes.num_steps)]
+        lengths = [self.lengths(step, sizes.samples) for step in range(sizes.num_steps)]
+        if self.balanced:
+            known = [
+                StepInput(step.prompt_tokens, [dealt(rows, tokens, len(placement.policy)) for rows in step.minibatches])
+                for step, tokens in zip(known, lengths, strict=True)
+            ]
+        schedule = Schedule(placement, sizes, known.__getitem__, staleness=staleness, early=early)
+        return schedule, Responses(lambda step: known[step].prompt_tokens, lengths.__getitem__)
+
     def run(
         self,
         cost: Cost,
@@ -62,18 +76,9 @@ class Workload:
         early: bool = False,
         latency: float = 0.0,
     ) -> list[Row]:
-        """Simulate it on a role map; the arguments are those of `Schedule` and `simulate`."""
-        known = [self.known(step, sizes) for step in range(sizes.num_steps)]
-        lengths = [self.lengths(step, sizes.samples) for step in range(sizes.num_steps)]
-        if self.balanced:
-            known = [
-                StepInput(step.prompt_tokens, [dealt(rows, tokens, len(placement.policy)) for rows in step.minibatches])
-                for step, tokens in zip(known, lengths, strict=True)
-            ]
-        schedule = Schedule(placement, sizes, known.__getitem__, staleness=staleness, early=early)
-        return simulate(
-            schedule, Responses(lambda step: known[step].prompt_tokens, lengths.__getitem__), cost, latency=latency
-        )
+        """Simulate it; the arguments are those of `Schedule` and `simulate`."""
+        schedule, responses = self.begin(sizes, placement, staleness=staleness, early=early)
+        return simulate(schedule, responses, cost, latency=latency)
 
 
 def dealt(rows: Sequence[int], tokens: Sequence[int], hands: int) -> list[int]:

@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rto_megatron.config.model import ModelConfig
@@ -33,6 +33,34 @@ SAVED_BYTES = 16
 """Of a parameter with its optimizer state."""
 
 
+def save_seconds(parameters: int) -> float:
+    """Of a checkpoint of so many parameters and their optimizers, for a deadline."""
+    return FIRST_SECONDS + SAVED_BYTES * parameters / SLOW_BYTES
+
+
+class Seen:
+    """Seconds and tokens of the latest items of each kind."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._latest: dict[tuple[str, str], deque[tuple[float, int]]] = {}
+        self._inside = 0.0
+        """Seconds of what was timed inside what is being timed."""
+
+    def latest(self, kind: str, role: str = "") -> Sequence[tuple[float, int]]:
+        """(seconds, tokens), oldest first."""
+        return self._latest.get((kind, role), ())
+
+    @contextmanager
+    def timed(self, kind: str, role: str = "", tokens: int = 1) -> Iterator[None]:
+        """Add the block, without what is timed inside it."""
+        start, outside, self._inside = time.perf_counter(), self._inside, 0.0
+        yield
+        took = time.perf_counter() - start
+        self._latest.setdefault((kind, role), deque(maxlen=NUM_SEEN)).append((took - self._inside, tokens))
+        self._inside = outside + took
+
+
 class Pace:
     """Predicted seconds of items, for deadlines: meant to be too long rather than too short."""
 
@@ -47,10 +75,7 @@ class Pace:
         self._window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
         self._parameters = matmul_parameters(model)
         self._flops = SLOW_FLOPS.get(device, SLOW_FLOPS_OF_GPU)
-        self._seen: dict[tuple[str, str], deque[tuple[float, int]]] = {}
-        """(kind, role) -> seconds and tokens of its latest items."""
-        self._inside = 0.0
-        """Seconds of what was timed inside what is being timed."""
+        self._seen = Seen()
 
     @contextmanager
     def item(self, item: Item) -> Iterator[float]:
@@ -64,28 +89,28 @@ class Pace:
             tokens, guess = 1, self._arithmetic(50, 1) + 2 * self._parameters / SLOW_BYTES
         # of what several groups do, most of the time may be waiting for the last of them, which is not too slow
         usual = statistics.median if len(item.groups) > 1 else max
-        seen = self._seen.get((item.kind, item.role), ())
+        seen = self._seen.latest(item.kind, item.role)
         if seen:
             growth = max(1.0, tokens / max(number for _, number in seen))
             guess = growth * usual(seconds for seconds, _ in seen)
         else:
             guess += FIRST_SECONDS
-        with self._timed(item.kind, item.role, tokens):
+        with self._seen.timed(item.kind, item.role, tokens):
             yield guess
 
     @contextmanager
     def phase(self, name: str) -> Iterator[float]:
         """The same of a phase of a step: of the sequential run, or at a boundary."""
-        seen = [seconds for seconds, _ in self._seen.get((name, ""), ())]
+        seen = [seconds for seconds, _ in self._seen.latest(name)]
         # most saves have nothing to do, which says nothing of the others
         guess = max([self._guess(name), *seen] if name == "save" or not seen else seen)
-        with self._timed(name, "", 1):
+        with self._seen.timed(name):
             yield guess
 
     def _guess(self, phase: str) -> float:
         rollout, samples = self._config.rollout, self._config.prompts_per_step * self._config.samples_per_prompt
         if phase == "save":
-            return FIRST_SECONDS + 2 * SAVED_BYTES * self._parameters / SLOW_BYTES
+            return save_seconds(2 * self._parameters)
         if phase in ("generate", "evaluate"):
             samples = samples if phase == "generate" else self._num_held_out
             passes = math.ceil(samples / (rollout.max_slots or samples)) * rollout.max_new_tokens
@@ -96,11 +121,3 @@ class Pace:
 
     def _arithmetic(self, tokens: int, passes: int) -> float:
         return 2.0 * self._parameters * tokens / self._flops + passes * SLOW_PASS_SECONDS
-
-    @contextmanager
-    def _timed(self, kind: str, role: str, tokens: int) -> Iterator[None]:
-        start, outside, self._inside = time.perf_counter(), self._inside, 0.0
-        yield
-        took = time.perf_counter() - start
-        self._seen.setdefault((kind, role), deque(maxlen=NUM_SEEN)).append((took - self._inside, tokens))
-        self._inside = outside + took

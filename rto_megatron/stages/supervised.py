@@ -1,8 +1,10 @@
 """What sft, dpo and reward share: reading rows, and the loop of optimizer steps and evaluations."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -17,13 +19,19 @@ from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.rows import share_of
+from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.distributed.step import Forward, Loss, score, train_step
+from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.errors import DataError
+from rto_megatron.schedule.pace import Seen, save_seconds
 from rto_megatron.stages.resume import Checkpoints, Progress
 from rto_megatron.stages.run import Clock, Run, with_prefix
 
 Row = TypeVar("Row")
 SupervisedRun = SFTRun | DPORun | RewardRun
+
+FIRST_SECONDS = 120.0
+"""Predicted for an update or an evaluation before one has been seen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +115,12 @@ def fit(
         own: the run's own checkpoint to go on from, if there is one.
     """
     total, held_out, extra = checkpoints.num_steps, {}, {}
-    at, clock = checkpoints.take_up(own, Progress()), Clock()
+    at = checkpoints.take_up(own, Progress())
+    watchdog = Watchdog(rank=rank(), world=world_size())
+    size = sum(weight.numel() for weight in trainable.model.parameters()) * mesh.tensor.size * mesh.pipeline.size
+    clock = Clock(watch=partial(_watched, watchdog, Seen(), at, save_seconds(size)))
     warmup = math.ceil(config.optimizer.warmup_frac * total)
-    with run.console.progress(task.group, total=total, start=at.step) as progress:
+    with watchdog.watching(), run.console.progress(task.group, total=total, start=at.step) as progress:
         for step in range(at.step, total):
             picked = batch_rows(len(rows), config.train.batch_size, seed=config.seed, step=step)
             batch = task.collate([rows[i] for i in picked])
@@ -156,6 +167,18 @@ def fit(
     run.console.say(f"checkpoint: {checkpoints.last_folder}")
     if held_out:
         run.console.say(f"held out: {'  '.join(f'{name} {value:.4g}' for name, value in held_out.items())}")
+
+
+@contextmanager
+def _watched(watchdog: Watchdog, seen: Seen, at: Progress, save: float, name: str) -> Iterator[None]:
+    """Around a phase of a step, which all ranks do together; a save is given at least `save` seconds."""
+    latest = [seconds for seconds, _ in seen.latest(name)]
+    # most saves have nothing to do, which says nothing of the others
+    seconds = max([save, *latest] if name == "save" else latest or [FIRST_SECONDS])
+    with seen.timed(name):
+        watchdog.enter(name, f"of step {at.step}", seconds=seconds, with_ranks=range(world_size()))
+        yield
+    watchdog.leave()
 
 
 def evaluate(

@@ -3,7 +3,8 @@
     loop of a group's leader                      what a group does, most urgent first
         item = schedule.next(group)                   1. its program, if its next item may begin
         ... every rank of the group runs it           2. the next pass of one of its lanes
-        schedule.done(group, item, lengths)           3. the oldest pack that it is to score
+        schedule.done(group, item, lengths)           3. the oldest pack that it is to score; before 2. if of an
+                                                         earlier step
 
 The *program* lists training and all that groups do together; each group does its part of it, in order:
 
@@ -92,7 +93,11 @@ class Schedule:
         """What `group` runs now; None if it has to wait until something else is done."""
         if group in self._running:
             raise ValueError(f"group {group} asks for work and has not said that {self._running[group].key} is done")
-        item = self._of_program(group) or self._of_lanes(group) or self._of_packs(group)
+        item = self._of_program(group)
+        if item is None:
+            lane, pack = self._of_lanes(group), self._of_packs(group)
+            # a pack of an earlier step comes before the lanes: training waits for it, and with it the next weights
+            item = pack if pack and (lane is None or pack.step < lane.step) else lane
         if item is not None:
             self._running[group] = item
         return item

@@ -168,8 +168,7 @@ class Roofline:
         if item.kind == "score":
             return self.score(load, self.ranks(group))
         if item.kind == "proximal":
-            ranks = self.layout.train_ranks * len(item.groups)
-            return self.roles.proximal * self._computed(load, ranks, self.layout.train_tensor)
+            return self.roles.proximal * self._computed(load, self.layout.train_ranks, self.layout.train_tensor)
         if item.kind == "train":
             return self.train(load, num_models=2 if item.role == "both" else 1, alone=item.role == "critic")
         if item.kind == "optimizer":

@@ -57,7 +57,9 @@ class Responses:
     def load(self, item: Item) -> Load:
         """The work of any other item."""
         prompts, lengths = self._prompt_tokens(item.step), self._lengths(item.step)
-        return Load([prompts[sample] + lengths[sample] for sample in item.samples])
+        # which packs are whose is known once they are closed; on average it is a share
+        mine = item.samples[:: len(item.groups)] if item.kind == "proximal" else item.samples
+        return Load([prompts[sample] + lengths[sample] for sample in mine])
 
 
 def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: float = 0.0) -> list[Row]:

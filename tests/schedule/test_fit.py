@@ -27,7 +27,7 @@ def cost(item, load, group):
     fixed = {"optimizer": 1.5e-2, "advantage": 1e-3 + 1e-7 * load.tokens, "boundary": 2e-3}
     if item.kind in fixed:
         return fixed[item.kind]
-    models = {"prefill": 1, "score": 5, "proximal": 1 / len(item.groups), "train": 6 if item.role == "both" else 3}
+    models = {"prefill": 1, "score": 5, "proximal": 1, "train": 6 if item.role == "both" else 3}
     return models[item.kind] * (1.5e-3 * micros + 8e-6 * load.tokens + 2e-9 * load.squares)
 
 

@@ -127,7 +127,7 @@ def test_items_that_cost_what_one_forward_costs_a_part_of_it_or_nothing():
         Roofline(MODELS["llama3-8b"], GPUS["h100"], place, layout).score(Load([1000] * 8), 8) / 4,
     )
     proximal = Item(kind="proximal", step=0, groups=(0, 1), number=0)
-    assert cost(proximal, load, 0) == pytest.approx(forward / 2)  # two groups, a share each
+    assert cost(proximal, load, 0) == pytest.approx(forward)  # the load is a group's share
     assert cost.score(load, 8) == pytest.approx((2 + 2 / 1.7) * forward)
     boundary = Item(kind="boundary", step=0, groups=(0, 1, 2), number=0)
     assert cost(boundary, Load(), 0) == 0

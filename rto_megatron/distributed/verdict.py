@@ -89,9 +89,12 @@ def judge(
                 reason += "".join(f"; rank {other.rank} is at {other.at}" for other in busy)
             return _verdict(busy or group, reason)
 
-    if alive and waiting == alive and all(one.seconds > floor_seconds for one in alive):
-        idle = [one for one in alive if one.phase == BETWEEN] or alive
-        return _verdict(idle, f"deadlock: every rank waits, nothing has changed for {floor_seconds:.0f} s")
+    if alive and waiting == alive and all(one.seconds > max(floor_seconds, one.deadline or 0.0) for one in alive):
+        idle = [one for one in alive if one.phase == BETWEEN]
+        busy = [one for one in alive if one.deadline and not one.in_collective]
+        return _verdict(
+            idle or busy or alive, f"deadlock: every rank waits, nothing has changed for {floor_seconds:.0f} s"
+        )
     return None
 
 

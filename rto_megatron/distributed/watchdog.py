@@ -294,7 +294,8 @@ class Watchdog:
             stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
             kept = [frame for frame in stack if _is_ours(frame.filename) or frame in stack[-3:]]
             text += "; its main thread:\n" + "".join(traceback.format_list(kept)).rstrip()
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{text}\n")  # at once: the others write theirs
+        sys.stderr.flush()
         # the main thread may hold the lock of stdout
         threading.Thread(target=sys.stdout.flush, daemon=True).start()
         time.sleep(BEATS_OF_DOUBT * self._limits["beat_seconds"])

@@ -31,11 +31,12 @@ def watched_item(watchdog: Watchdog, pace: Pace, cast: Cast, item: Item | None, 
 def watched_phase(
     watchdog: Watchdog, pace: Pace, ranks: Sequence[int], course: Course, held_out: HeldOut, name: str
 ) -> Iterator[None]:
-    """Around a phase of a step that all `ranks` do together: of the sequential run, or at a boundary."""
+    """Around a phase of a step that all `ranks` go through: of the sequential run, or at a boundary."""
     if name == "evaluate" and not held_out.is_due(course.at.step):
         yield
         return
     with pace.phase(name) as predicted:
-        watchdog.enter(name, f"of step {course.at.step}", seconds=predicted, with_ranks=ranks)
+        together = () if name in ("generate", "advantage") else ranks  # in these a replica waits for no other
+        watchdog.enter(name, f"of step {course.at.step}", seconds=predicted, with_ranks=together)
         yield
     watchdog.leave()

@@ -186,8 +186,11 @@ def test_an_item_of_two_ranks_is_stuck_when_the_later_of_them_is_over_time():
 
 
 def test_two_ranks_that_wait_for_each_other_at_different_items_are_a_deadlock():
-    first = status(0, "a", seconds=70, deadline=100, with_ranks=(0, 1))
-    assert "deadlock" in verdict(first, status(1, "b", seconds=65, deadline=100, with_ranks=(0, 1))).reason
+    first = status(0, "a", seconds=170, deadline=100, with_ranks=(0, 1), in_collective=True)
+    assert verdict(first, status(1, "b", seconds=99, deadline=100, with_ranks=(0, 1))) is None  # may still come
+    found = verdict(first, status(1, "b", seconds=101, deadline=100, with_ranks=(0, 1)))
+    assert "deadlock" in found.reason
+    assert found.culprits == (1,)
 
 
 def test_when_all_wait_it_is_a_deadlock_and_who_has_no_item_is_to_blame():

@@ -25,7 +25,7 @@ RANK = """
     begun = [0]
 
     def strikes(work):
-        def wrapped(*words):
+        def wrapped(*words, **more):
             begun[0] += os.environ["RANK"] == str(culprit)
             if begun[0] == after:
                 print("is about to", flush=True)
@@ -35,7 +35,7 @@ RANK = """
                     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
                     "asleep": lambda: time.sleep(300),
                 }[deed]()
-            return work(*words)
+            return work(*words, **more)
         return wrapped
 
     interleaved.RTOWork.run = strikes(interleaved.RTOWork.run)
@@ -61,7 +61,7 @@ CASES = [
     pytest.param(SEQUENTIAL, "killed", 8, marks=SLOW),
     pytest.param(COLOCATED, "asleep", 9, marks=SLOW),
 ]
-ITEM = r"(prefill|decode|score|advantage|train|optimizer|refit|boundary|save|generate|waiting|between items)"
+ITEM = r"(prefill|decode|score|advantage|train|optimizer|refit|boundary|save|generate|update|waiting|between items)"
 
 
 @pytest.mark.parametrize(("where", "deed", "seed"), CASES)

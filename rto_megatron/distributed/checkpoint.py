@@ -244,7 +244,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
         for name in sorted(found):
             value = torch.as_tensor(found[name]).contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.view(torch.uint8).numpy() if value.dim() else str(value.item()).encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ optimizers and schedules are given their groups.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -105,7 +106,7 @@ def _make_groups(parallel: ParallelConfig, ranks: range) -> ProcessGroupCollecti
     shape = [parallel.tensor, 1, parallel.data(len(ranks)), parallel.pipeline]
     names = ["tp", "cp", "dp", "pp"]
     grid = HyperCommGrid(shape, names, rank_offset=ranks.start)
-    made = {(): grid.create_pg("cp")}  # each rank alone
+    made: dict[tuple[str, ...], Any] = {(): grid.create_pg("cp")}  # each rank alone
 
     def over(*axes: str) -> dist.ProcessGroup | None:
         wide = tuple(name for name, size in zip(names, shape, strict=True) if size > 1 and name in axes)

@@ -311,7 +311,7 @@ def _group_of(ranks: tuple[int, ...]) -> dist.ProcessGroup:
     Its first collective is at once: NCCL's messages in pairs may not be a group's first.
     """
     if ranks not in _groups:
-        group = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(list(ranks))
+        group: Any = dist.group.WORLD if len(ranks) == dist.get_world_size() else dist.new_group(list(ranks))
         if dist.get_rank() in ranks:
             dist.barrier(group)
         _groups[ranks] = group

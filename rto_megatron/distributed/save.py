@@ -229,7 +229,7 @@ def _plan(state: dict[str, Any], folder: Path) -> Any:
     """Megatron's request to write a state: all ranks agree who writes what, nothing is written yet."""
     # 0.19 would take another library's writer
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
-    strategy = {"async_strategy": "mcore"} if takes_strategy else {}
+    strategy: dict[str, Any] = {"async_strategy": "mcore"} if takes_strategy else {}
     return dist_checkpointing.save(state, str(folder), async_sharded_save=True, **strategy)
 
 

@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
+from typing import Any
 
 from rto_megatron.schedule.lane import Lane, Pack
 from rto_megatron.schedule.placement import RoleMap
@@ -148,14 +149,14 @@ class Schedule:
         if self.staleness:
             yield Item(kind="proximal", step=step, groups=place.policy, number=0, version=step)
         for number in range(len(self._step(step).minibatches)):
-            work = {"step": step, "number": number, "version": step}
+            work: dict[str, Any] = {"step": step, "number": number, "version": step}
             if self.early or number == 0:
                 yield Item(kind="advantage", groups=place.trainers, **work)
             for role, groups in together.items():
                 yield Item(kind="train", groups=groups, role=role, **work)
             for role, groups in learners.items():
                 yield Item(kind="optimizer", groups=groups, role=role, **work)
-        refit = {"kind": "refit", "step": step, "number": step + 1, "version": step + 1}
+        refit: dict[str, Any] = {"kind": "refit", "step": step, "number": step + 1, "version": step + 1}
         if not place.shares_weights:
             yield Item(groups=_union(place.policy, place.engines), role="engine", **refit)
         if self._snapshots:

@@ -72,8 +72,8 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
     )
 
 
-def load_judges(config: RTORun | EvaluateRun, mesh: Mesh) -> Judges:
-    """Load the frozen roles whose coefficient is not 0.
+def load_judges(config: RTORun | EvaluateRun, mesh: Mesh | None) -> Judges:
+    """Load the frozen roles whose coefficient is not 0; all ranks call, and where `mesh` is None they get no models.
 
     Raises:
         CheckpointError: as `load_role`.

@@ -48,6 +48,12 @@ class Course:
     """Numbers of the boundary before the step that is going on."""
 
     @property
+    def kl_coef(self) -> float:
+        """Of the step that is going on."""
+        assert self.at.kl_coef is not None, "an RTO run begins with one"
+        return self.at.kl_coef
+
+    @property
     def is_over(self) -> bool:
         """Whether all steps are done."""
         return self.at.step == self.config.num_steps
@@ -72,11 +78,11 @@ class Course:
     def end_step(self, numbers: dict[str, float]) -> None:
         """Write a step's numbers, the same on all ranks, and go to the next."""
         assert self._extra is not None, "begin_step comes first"
-        numbers = self._extra | numbers | {"kl/coef": self.at.kl_coef or 0.0}
+        numbers = self._extra | numbers | {"kl/coef": self.kl_coef}
         self.running.log.write(self.at.step, numbers)
         self.shown.done(self.at.step, {label: numbers[metric] for label, metric in SHOWN.items()})
         self.at.kl_coef = adapt_kl_coef(
-            self.at.kl_coef,
+            self.kl_coef,
             observed_kl=numbers["kl/sequence"],
             target=self.config.rto.kl_target,
             horizon=self.config.rto.kl_horizon,

@@ -6,7 +6,7 @@ sequential run computes, from the same rows in the same order, so the weights ha
 
 import random
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -84,7 +84,7 @@ class RTOWork:
         self._prompts, self._sentence_ends = prompts, sentence_ends
         self._early = config.schedule.minibatches == "logical"
         self._steps: dict[int, StepState] = {}
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         """Of this step, by kind of item."""
         self._engine = None
         if players.writer is not None:
@@ -186,13 +186,12 @@ class RTOWork:
 
     def _experience(self, state: StepState, rows: Sequence[int]) -> tuple[Experience, Credit]:
         rollout, signals = self._records(state, rows)
-        assert self.course.at.kl_coef is not None
         experience, credit = make_experience(
             rollout,
             signals,
             self.config.rto,
             self.config.advantage,
-            kl_coef=self.course.at.kl_coef,
+            kl_coef=self.course.kl_coef,
             sentence_ends=self._sentence_ends,
         )
         if state.proximal is not None:

@@ -97,7 +97,7 @@ def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None
         course.clock.watch = partial(watched_phase, watchdog, pace, range(world_size()), course, held_out)
         course.begin_step()
         while not course.is_over:
-            done = take_step(setup, config, step=course.at.step, kl_coef=course.at.kl_coef, clock=course.clock)
+            done = take_step(setup, config, step=course.at.step, kl_coef=course.kl_coef, clock=course.clock)
             numbers = step_metrics(done.rollout, done.signals, done.experience, done.credit, config.rto)
             seconds = course.clock.take()
             course.end_step(numbers | done.losses | speed_metrics(done.rollout, seconds) | seconds)

@@ -100,11 +100,10 @@ def tiny_trainer(tensor: int = 1, pipeline: int = 1) -> Trainer:
     )
     _fill_by_name(gpt)
     gpt.to(mesh.device)
-    model = DistributedDataParallel(config, DistributedDataParallelConfig(use_distributed_optimizer=True), gpt, pg_collection=mesh.groups)
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
+    model = DistributedDataParallel(config, settings, gpt, pg_collection=mesh.groups)
     settings = OptimizerConfig(lr=1e-2, clip_grad=1.0, use_distributed_optimizer=True)
-    optimizer = get_megatron_optimizer(
-        settings, [model], use_gloo_process_groups=False, pg_collection=mesh.groups
-    )
+    optimizer = get_megatron_optimizer(settings, [model], use_gloo_process_groups=False, pg_collection=mesh.groups)
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = model.no_sync

@@ -8,7 +8,7 @@ from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import open_checkpoint
 from rto_megatron.doctor.memory import Model
-from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.errors import ConfigError, DataError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
 from rto_megatron.planner.told import Memory, Timed, show_bounds, show_memory, show_phases, timed
@@ -17,7 +17,8 @@ from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.limits import longest_chain, resource_bound
 from rto_megatron.schedule.rooflines import GPUS, Layout, Roles, Roofline
 from rto_megatron.schedule.simulate import Cost
-from rto_megatron.schedule.trace import draw, read_trace, write_trace
+from rto_megatron.schedule.trace import Row, draw, read_trace, write_trace
+from rto_megatron.schedule.trace_folder import read_last_start
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload, padding
 from rto_megatron.stages.rules import roles_of
@@ -36,7 +37,7 @@ class Options:
     gpu: Literal["a100", "h100", "h200"] = "h100"
     """Whose rooflines to take where there is no trace, and whose memory."""
     costs: Path | None = None
-    """A trace whose items' seconds are fitted and taken instead of rooflines."""
+    """A run's folder, or a file of `trace`, whose items' seconds are fitted and taken instead of rooflines."""
     trace: Path | None = None
     """File for the simulated trace, a JSON line an item."""
 
@@ -61,11 +62,16 @@ def main(path: Path | None, words: list[str]) -> int:
             f"steps must be {fewest - 1} or more or null, got {options.steps}: the rate leaves out what only begins"
         )
     workload = _workload(config, options)
+    measured, notes = _measured(options.costs) if options.costs else ([], [])
+    fitted = Fitted(measured) if measured else None
     try:
         sizes = replace(sizes_of(config, cast), num_steps=options.steps or fewest)
-        cost = _cost(config, options, cast, workload, sizes)
+        cost: Cost = fitted or _rooflines(config, options, cast, workload, sizes)
+        latency = fitted.latency if fitted else 0.0
         early = config.schedule.minibatches == "logical"
-        rows = workload.run(cost, sizes, cast.placement, staleness=staleness, early=early)
+        rows = workload.run(cost, sizes, cast.placement, staleness=staleness, early=early, latency=latency)
+    except DataError as error:
+        raise DataError(f"{options.costs}, for schedule.map {config.schedule.map}: {error}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if options.trace is not None:
@@ -73,6 +79,8 @@ def main(path: Path | None, words: list[str]) -> int:
     console, found = Console(), timed(rows, list(map(len, cast.groups)), staleness=staleness)
     source = f"fitted to {options.costs}" if options.costs else f"rooflines of {options.gpu}, nothing measured"
     console.say(f"costs: {source}")
+    for note in notes:
+        console.say(f"note: {note}")
     name = f"{cast.describe()}{', one step off' * staleness}{', early minibatches' * early}"
     console.say(f"{name}: {found.seconds:.4g} seconds per step\n")
     show_phases(console, found)
@@ -107,9 +115,12 @@ def _roles(config: RTORun, workload: Workload, sizes: Sizes) -> Roles:
     )
 
 
-def _cost(config: RTORun, options: Options, cast: Cast, workload: Workload, sizes: Sizes) -> Cost:
-    if options.costs is not None:
-        return Fitted(read_trace(options.costs))
+def _measured(costs: Path) -> tuple[list[Row], list[str]]:
+    """Rows of a run's folder or of one file, and notes on what was left out."""
+    return read_last_start(costs) if costs.is_dir() else (read_trace(costs), [])
+
+
+def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload, sizes: Sizes) -> Roofline:
     model = open_checkpoint(config.policy).manifest.architecture_for("policy")
     engine, policy, critic = cast.engine.parallel, cast.policy.parallel, cast.critic.parallel
     roles, rows = _roles(config, workload, sizes), config.compute.micro_batch_size

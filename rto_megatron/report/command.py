@@ -7,9 +7,9 @@ from pathlib import Path
 from rto_megatron.config.load import print_options, split_options
 from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.metrics import Console
-from rto_megatron.report.rows import read_rows, read_run
+from rto_megatron.report.rows import read_run
 from rto_megatron.report.timeline import Panel, headline, page
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Row, read_trace
 
 USAGE = "python -m rto_megatron report timeline RUN_DIR [--simulated=FILE] [--out=FILE] [--steps=FIRST:LAST]"
 
@@ -53,10 +53,8 @@ def main(path: Path | None, words: list[str]) -> int:
     rows, notes = read_run(run_dir)
     panels = [Panel.of("measured", _picked(rows, options.range, run_dir))]
     if options.simulated is not None:
-        simulated, cut_off = read_rows(options.simulated)
-        if cut_off or not simulated:
-            raise DataError(f"{options.simulated}: a simulated trace must be whole; write it again with simulate")
-        panels.append(Panel.of("simulated", _picked(simulated, options.range, options.simulated)))
+        simulated = _picked(read_trace(options.simulated), options.range, options.simulated)
+        panels.append(Panel.of("simulated", simulated))
     out = options.out or run_dir / "timeline.html"
     try:
         out.write_text(page(run_dir.resolve().name, panels, notes), encoding="utf-8")

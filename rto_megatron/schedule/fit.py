@@ -38,7 +38,7 @@ class Fitted:
 
         Args:
             num_bytes: role of a refit -> bytes that a group gets, in the run that is to be told, which a schedule does
-                not know; null takes the trace's.
+                not know; null takes the trace's, of those who got any.
             rows: of one run or several, one after the other: a row an item and group, each group's in their order;
                 measured ones as `meet` and `of_leaders` leave them.
         """
@@ -46,7 +46,7 @@ class Fitted:
         """Seconds from an item to the next that follows from it, for `simulate`."""
         refits: dict[str, list[int]] = {}
         for row in rows:
-            if row.kind == "refit":
+            if row.kind == "refit" and row.num_bytes:  # an item takes as long as it takes those who receive
                 refits.setdefault(row.role, []).append(row.num_bytes)
         self._num_bytes = {role: median(found) for role, found in refits.items()} | dict(num_bytes or {})
         self.weights: dict[tuple[str, str], np.ndarray] = {}
@@ -62,11 +62,13 @@ class Fitted:
             DataError: the trace holds no such item.
         """
         if (item.kind, item.role) not in self.weights:
+            held = ", ".join(" ".join(name).strip() for name in self.weights)
             raise DataError(
-                f"the trace holds no {item.kind} {item.role}, which this schedule runs; take one of a map that has it"
+                f"the trace holds no {f'{item.kind} {item.role}'.strip()}, which this schedule runs, only {held}; "
+                "take one of a map that has it"
             )
         if item.kind == "refit":
-            return float(np.dot(self.weights["refit", item.role], [1.0, self._num_bytes[item.role]]))
+            return float(np.dot(self.weights["refit", item.role], [1.0, self._num_bytes.get(item.role, 0)]))
         return float(np.dot(self.weights[item.kind, item.role], _features(item.kind, load)))
 
 

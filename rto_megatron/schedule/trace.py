@@ -25,11 +25,17 @@ LETTERS: dict[Kind, str] = {
 }
 TOGETHER: tuple[Kind, ...] = ("proximal", "optimizer", "refit", "boundary")
 """Kinds whose items several groups do together; each does items of other kinds by itself."""
+LONGEST = 1e9
+"""Seconds; a run is over after 30 years, NaN and infinity are not below."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One item on one group. Measured and simulated traces have the same rows; seconds count from the first item."""
+    """One item on one group. Measured and simulated traces have the same rows.
+
+    Seconds count from where this start of the run opened its traces, or the simulation began: a run that was started
+    again counts anew.
+    """
 
     group: int
     rank: int = -1
@@ -52,7 +58,7 @@ class Row:
     context: int = 0
     """Sum over decode steps and samples of the tokens that were attended to."""
     num_bytes: int = 0
-    """That were sent."""
+    """That were received (refit); 0 on ranks that only send."""
 
     @property
     def key(self) -> tuple:
@@ -90,6 +96,9 @@ def of_leaders(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         leaders[row.group] = min(row.rank, leaders.get(row.group, row.rank))
     return [row for row in rows if row.rank == leaders[row.group]]
+
+
+FIELDS = {field.name: field.type for field in fields(Row)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,25 +181,61 @@ def read_trace(path: Path) -> list[Row]:
     """The rows of a file that `write_trace` wrote.
 
     Raises:
-        DataError: the file cannot be read, or a line of it is no row.
+        DataError: the file cannot be read, a line of it is no row, or it is not whole.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: a trace must be a readable file of JSON lines, got: {error}") from None
-    known = {field.name for field in fields(Row)}
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            found = json.loads(line)
-            rows.append(Row(**found))
-        except (ValueError, TypeError):
-            raise DataError(
-                f"{path}:{number}: a row of a trace needs the fields {sorted(known)}, got {line[:80]!r}"
-            ) from None
+    rows, cut_off = read_rows(path)
+    if cut_off:
+        raise DataError(f"{path}: a trace must be whole; {cut_off[0]}")
     if not rows:
         raise DataError(f"{path}: a trace needs at least one row, found none")
     return rows
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of one file, and a note for each that was cut off: a run that is killed leaves half of its last line.
+
+    Unlike `read_trace` it takes the file of a run that still goes on, or was killed.
+
+    Raises:
+        DataError: the file cannot be read, or a line of it is damaged.
+    """
+    try:
+        *lines, last = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: a trace must be a readable file of JSON lines, got: {error}") from None
+    rows, notes = [], []
+    for number, line in enumerate(lines, 1):
+        # The next start goes on in the half line; rows are flat, so the last brace begins the whole one.
+        whole = max(0, line.rfind(b'{"'))
+        if whole:
+            notes.append(_cut_off(path, number))
+        rows.append(_row(path, number, line[whole:]))
+    if last:
+        notes.append(_cut_off(path, len(lines) + 1))
+    return rows, notes
+
+
+def _cut_off(path: Path, number: int) -> str:
+    return f"{path.name}:{number}: a row was cut off in the middle of writing, and is left out"
+
+
+def _row(path: Path, number: int, line: bytes) -> Row:
+    shown = repr(line[:80].decode(errors="replace"))
+    try:
+        row = Row(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        raise DataError(f"{path}:{number}: a row of a trace needs the fields {sorted(FIELDS)}, got {shown}") from None
+    for name, kind in FIELDS.items():
+        value = getattr(row, name)
+        if kind is int and type(value) is not int:
+            raise DataError(f"{path}:{number}: {name} must be a whole number, got {value!r}")
+        if kind is float and not (type(value) in (int, float) and abs(value) < LONGEST):
+            raise DataError(f"{path}:{number}: {name} must be seconds from the start of the run, got {value!r}")
+    if row.kind not in KINDS or not isinstance(row.role, str):
+        raise DataError(f"{path}:{number}: kind must be one of {', '.join(KINDS)} and role a text, got {shown}")
+    if row.end < row.start:
+        raise DataError(f"{path}:{number}: end must not be before start {row.start}, got {row.end}")
+    return row
 
 
 class TraceFile:

@@ -1,6 +1,9 @@
 """`plan` and `simulate` on the command line: what they print, and what they refuse."""
 
+import json
 import re
+from dataclasses import asdict, replace
+from itertools import pairwise
 
 import pytest
 
@@ -8,10 +11,12 @@ from rto_megatron.__main__ import main
 from rto_megatron.errors import ConfigError
 from rto_megatron.planner.search import Candidate, candidates, memory_of, plan
 from rto_megatron.planner.told import timed
+from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
-from rto_megatron.schedule.trace import Row, read_trace, write_trace
-from rto_megatron.schedule.work import Sizes
+from rto_megatron.schedule.simulate import Load
+from rto_megatron.schedule.trace import TOGETHER, Row, read_trace, write_trace
+from rto_megatron.schedule.work import Item, Sizes
 from rto_megatron.schedule.workload import Workload
 from tests.stages.chain import words_of
 
@@ -216,16 +221,22 @@ def test_simulate_reads_map_and_layouts_from_the_schedule_of_the_run(chain, caps
     assert re.search(r"\| policy snapshot +\|", printed)
 
 
-def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, capsys):
-    seen = SHORT.run(
+def split_run():
+    """What a run on two ranks does, the first of which trains."""
+    return SHORT.run(
         Roofline(MODELS["llama3-1b"], GPUS["h100"], split(1, 1), Layout(engine_ranks=1, train_ranks=1)),
         Sizes(num_steps=3, samples=32, minibatch=8, lanes=1, slots=8),
         split(1, 1),
     )
-    write_trace(tmp_path / "seen.jsonl", seen)
-    words = ["--schedule.map=split", "--schedule.rollout_ranks=1", "--ranks=3"]
+
+
+SPLIT = ["--schedule.map=split", "--schedule.rollout_ranks=1"]
+
+
+def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, capsys):
+    write_trace(tmp_path / "seen.jsonl", split_run())
     files = [f"--costs={tmp_path}/seen.jsonl", f"--trace={tmp_path}/told.jsonl"]
-    assert main(["simulate", str(run_yaml), *words, *files]) == 0
+    assert main(["simulate", str(run_yaml), *SPLIT, "--ranks=3", *files]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"split: .* seconds per step", printed)
     assert re.search(r"^   0 .*T.*\n   1 .*T.*\n   2 .*D", printed, re.M)
@@ -233,6 +244,76 @@ def test_simulate_times_a_config_with_the_costs_of_a_trace(run_yaml, tmp_path, c
     assert "bound of any schedule" in printed
     told = read_trace(tmp_path / "told.jsonl")
     assert sum(row.samples for row in told if row.kind == "score") == 3 * 32
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """As two ranks leave it: each comes to what they do together when it is done with its own."""
+    folder, free = tmp_path / "run", {0: 0.0, 1: 0.0}
+    came: dict[int, list[Row]] = {0: [], 1: []}
+    for row in split_run():
+        start = free[row.group] if row.kind in TOGETHER else row.start
+        came[row.group].append(replace(row, rank=row.group, start=start))
+        free[row.group] = row.end
+    (folder / "trace").mkdir(parents=True)
+    for rank, rows in came.items():
+        write_trace(folder / "trace" / f"rank_{rank:05d}.jsonl", rows)
+    return folder
+
+
+def simulated(run_yaml, tmp_path, costs):
+    told = tmp_path / "told.jsonl"
+    assert main(["simulate", str(run_yaml), *SPLIT, f"--costs={costs}", f"--trace={told}"]) == 0
+    return read_trace(told)
+
+
+@pytest.mark.parametrize("inside", ["", "trace"])
+def test_simulate_takes_the_folder_of_a_run_whose_waiting_is_no_cost(inside, run_yaml, run_dir, tmp_path):
+    write_trace(tmp_path / "seen.jsonl", split_run())
+    assert simulated(run_yaml, tmp_path, run_dir / inside) == simulated(run_yaml, tmp_path, tmp_path / "seen.jsonl")
+
+
+def test_simulate_takes_what_ran_since_the_last_start_of_a_run(run_yaml, run_dir, tmp_path, capsys):
+    expected = simulated(run_yaml, tmp_path, run_dir)
+    for path in (run_dir / "trace").iterdir():
+        slow = "".join(json.dumps(asdict(replace(row, end=row.end + 9))) + "\n" for row in read_trace(path))
+        path.write_text(slow + path.read_text())
+    capsys.readouterr()
+    assert simulated(run_yaml, tmp_path, run_dir) == expected
+    assert "note: started 2 times; only what ran since the last start is taken" in capsys.readouterr().out
+
+
+def test_simulate_waits_between_items_as_long_as_the_run_did(run_yaml, tmp_path):
+    late = [replace(row, start=row.start + 5 * i, end=row.end + 5 * i) for i, row in enumerate(split_run())]
+    write_trace(tmp_path / "late.jsonl", late)
+    engine = [row for row in simulated(run_yaml, tmp_path, tmp_path / "late.jsonl") if row.group == 1]
+    assert min(after.start - row.end for row, after in pairwise(engine)) >= 5
+
+
+def test_a_trace_of_another_map_is_refused_by_kind_role_and_map(run_yaml, run_dir, capsys):
+    words = ["--schedule.map=split", "--schedule.rollout_ranks=1", "--schedule.critic_ranks=1", f"--costs={run_dir}"]
+    assert main(["simulate", str(run_yaml), *words]) == 2
+    error = capsys.readouterr().err
+    assert f"{run_dir}, for schedule.map split: the trace holds no train policy, which this schedule runs" in error
+    assert "only advantage, boundary, decode, " in error and "Traceback" not in error
+
+
+def test_a_folder_without_a_trace_gives_no_costs(run_yaml, tmp_path, capsys):
+    assert main(["simulate", str(run_yaml), f"--costs={tmp_path}"]) == 2
+    assert f"{tmp_path}/trace: holds no rank_NUMBER.jsonl" in capsys.readouterr().err
+
+
+def test_bytes_of_new_weights_are_those_of_who_received_them():
+    def refit(number, group, num_bytes, seconds):
+        return Row(
+            group=group, kind="refit", role="engine", step=0, lane=-1, number=number, start=0, end=seconds,
+            num_bytes=num_bytes,
+        )  # fmt: skip
+
+    sent = [refit(number, 0, 0, 1.0) for number in range(3)]
+    received = [refit(number, 1, num_bytes, seconds) for number, num_bytes, seconds in [(0, 1000, 3.0), (1, 2000, 5.0)]]
+    item = Item(kind="refit", step=0, groups=(0, 1), number=1, role="engine")
+    assert Fitted(sent + received)(item, Load(), 0) == pytest.approx(4.0)  # 1 + 0.002 * 1500
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def test_a_simulated_trace_must_be_whole(tmp_path, capsys):
     two_ranks(tmp_path)
     (tmp_path / "simulated.jsonl").write_text('{"group"')
     error = refused(capsys, "timeline", tmp_path, f"--simulated={tmp_path / 'simulated.jsonl'}")
-    assert "a simulated trace must be whole" in error
+    assert "simulated.jsonl: a trace must be whole; simulated.jsonl:1: a row was cut off" in error
 
 
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path, capsys):

@@ -6,8 +6,9 @@ import re
 import pytest
 
 from rto_megatron.errors import DataError
-from rto_megatron.report.rows import join_starts, read_rows, read_run, split_starts
-from rto_megatron.schedule.trace import Row
+from rto_megatron.report.rows import join_starts, read_run
+from rto_megatron.schedule.trace import Row, read_rows
+from rto_megatron.schedule.trace_folder import match_starts, split_starts
 from tests.report.traces import row, two_ranks, write
 
 
@@ -18,6 +19,11 @@ def item(step, start, *, rank=0, number=0):
 def spans(rows, rank=0):
     """(step, start) of a rank's rows."""
     return [(found.step, found.start) for found in rows if found.rank == rank]
+
+
+def joined(starts):
+    """The run, from rows by rank and start of that rank."""
+    return join_starts(match_starts(starts))
 
 
 def test_all_ranks_are_read_in_the_order_of_their_numbers(tmp_path):
@@ -57,8 +63,8 @@ def test_a_rank_that_has_written_nothing_yet_is_a_note(tmp_path):
         ("[" * 100_000, "a row of a trace needs the fields"),
         (json.dumps(row(step="1")), "step must be a whole number, got '1'"),
         (json.dumps(row(lane=True)), "lane must be a whole number, got True"),
-        (json.dumps(row(end=float("nan"))), "end must be seconds from the first item, got nan"),
-        (json.dumps(row(end=10**400)), "end must be seconds from the first item, got 1000"),
+        (json.dumps(row(end=float("nan"))), "end must be seconds from the start of the run, got nan"),
+        (json.dumps(row(end=10**400)), "end must be seconds from the start of the run, got 1000"),
         (json.dumps(row(start=2.0)), "end must not be before start 2.0, got 1.0"),
         (json.dumps(row(kind="<b>")), "kind must be one of prefill, "),
         (json.dumps(row(role=None)), "role a text"),
@@ -106,32 +112,32 @@ def test_a_start_begins_where_an_item_comes_again_on_a_clock_that_goes_on():
 
 def test_steps_that_were_run_again_are_shown_as_they_were_run_last():
     # The second start goes on at step 1, on a clock of its own; step 2 of the first was run with weights that are gone.
-    joined = join_starts({0: [[item(0, 0), item(1, 1), item(2, 2)], [item(1, 50)]]})
-    assert spans(joined) == [(0, 0), (1, 1)]
+    run = joined({0: [[item(0, 0), item(1, 1), item(2, 2)], [item(1, 50)]]})
+    assert spans(run) == [(0, 0), (1, 1)]
 
 
 def test_a_start_goes_on_for_all_ranks_where_the_last_rank_had_ended():
-    joined = join_starts({
+    run = joined({
         0: [[item(0, 0)], [item(1, 0), item(2, 4)]],
         1: [[item(0, 2, rank=1)], [item(1, 1, rank=1)]],
     })  # fmt: skip
-    assert spans(joined, rank=0) == [(0, 0), (1, 3), (2, 7)]
-    assert spans(joined, rank=1) == [(0, 2), (1, 4)]
+    assert spans(run, rank=0) == [(0, 0), (1, 3), (2, 7)]
+    assert spans(run, rank=1) == [(0, 2), (1, 4)]
 
 
 def test_a_rank_that_was_killed_before_its_first_row_is_put_into_the_start_that_it_has():
-    joined = join_starts({
+    run = joined({
         0: [[item(0, 0), item(1, 1)], [item(1, 0)]],
         1: [[item(1, 0.5, rank=1)]],
         2: [[item(0, 0.5, rank=2)]],
     })  # fmt: skip
-    assert spans(joined, rank=0) == [(0, 0), (1, 1.5)]
-    assert spans(joined, rank=1) == [(1, 2.0)]
-    assert spans(joined, rank=2) == [(0, 0.5)]
+    assert spans(run, rank=0) == [(0, 0), (1, 1.5)]
+    assert spans(run, rank=1) == [(1, 2.0)]
+    assert spans(run, rank=2) == [(0, 0.5)]
 
 
 def test_a_run_that_began_anew_shows_the_new_beginning_only():
-    assert spans(join_starts({0: [[item(0, 0), item(1, 1)], [item(0, 0)]]})) == [(0, 0)]
+    assert spans(joined({0: [[item(0, 0), item(1, 1)], [item(0, 0)]]})) == [(0, 0)]
 
 
 def test_starts_are_told_in_a_note(tmp_path):

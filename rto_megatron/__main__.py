@@ -21,7 +21,9 @@ from rto_megatron.distributed.runtime import (
     rank,
     start_runtime,
     stop_runtime,
+    world_size,
 )
+from rto_megatron.distributed.verdict import to_user
 from rto_megatron.errors import STOPPED, USER_ERROR, ConfigError, StoppedToContinue, UserError
 
 COMMANDS = {
@@ -59,9 +61,10 @@ def main(words: list[str]) -> int:
     try:
         return _run(words[0], words[1:])
     except UserError as error:
-        if is_main_of_node():
-            where = "" if is_main() else f" on rank {rank()}"  # another node may lack a file that this one has
-            print(f"error{where}: {error}", file=sys.stderr)
+        if world_size() > 1:  # torchrun ends all ranks after the first: it would cut off the message and the exit code
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if is_main_of_node():  # elsewhere the watchdog prints it, if the node's first rank does not raise it too
+            print(to_user(str(error), rank=rank()), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -55,6 +55,8 @@ class Verdict:
 
     culprits: tuple[int, ...]
     reason: str
+    is_for_user: bool = False
+    """Whether a UserError of the culprit is the reason, which then is its whole message: there is nothing to report."""
 
 
 def judge(
@@ -100,6 +102,12 @@ def judge(
 
 def _verdict(culprits: Sequence[Status], reason: str) -> Verdict:
     return Verdict(tuple(one.rank for one in culprits), reason)
+
+
+def to_user(message: str, *, rank: int) -> str:
+    """What the user reads of a UserError of this rank."""
+    # another node may lack a file that this one has
+    return f"error{f' on rank {rank}' if rank else ''}: {message}"
 
 
 def where(one: Status) -> str:

@@ -12,6 +12,9 @@ and `judge` it: two, because the one that should find out may be the one that di
 sees it within a beat, says so, and ends with exit code 1; one a node prints the whole story. torchrun sends SIGTERM to
 the others once one rank has ended: a rank that does not listen for it dies without a word.
 
+A UserError is no hang. The rank that raises it makes it the verdict, unless all others raise one too: they end as it
+does, with exit code 2, and one a node prints its message.
+
 A beat needs Python's GIL: who holds it in C code for `dead_seconds` is taken for dead. torch's operations release it.
 """
 
@@ -28,20 +31,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from rto_megatron.distributed.verdict import BEATS_OF_DOUBT, BETWEEN, Status, judge, report, where
-from rto_megatron.errors import StoppedToContinue, UserError
+from rto_megatron.distributed.runtime import is_main_of_node
+from rto_megatron.distributed.verdict import BEATS_OF_DOUBT, BETWEEN, Status, Verdict, judge, report, to_user, where
+from rto_megatron.errors import USER_ERROR, StoppedToContinue, UserError
 
 NUM_LAST_ITEMS = 12
 STUCK_FACTOR = 5.0
 """An item is stuck after this many times its predicted seconds."""
 LAST_ONE_SECONDS = 10.0
 """How long rank 0, which may hold the store, waits at a good end for the others to have ended as well."""
+BEATS_FOR_THE_SAME = 2
+"""How long a rank that raises a UserError waits for the others to raise theirs."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class Watchdog:
         """Stop the watchdog at the end; an error inside may be another rank's fault, see `fail`.
 
         What the user did wrong, and a stop on request, pass as they are: `__main__` has the words and the exit code.
+        The ranks that wait for one with a UserError are told of it before.
         """
         try:
             yield
@@ -194,11 +201,45 @@ class Watchdog:
                 os._exit(1)
 
     def _say_goodbye(self) -> None:
-        deadline = time.monotonic() + LAST_ONE_SECONDS
-        ended = self._store.add("ended", 1) if self._store else self._world
-        while self._me.rank == 0 and not self._error and ended < self._world and time.monotonic() < deadline:
+        if self._store and isinstance(self._error, UserError):
+            self._share(self._error, self._store)
+        elif self._store:
+            self._store.add("ended", 1)
+            if self._me.rank == 0 and not self._error:
+                self._all_end(self._store, within=LAST_ONE_SECONDS)
+
+    def _share(self, error: UserError, store: Store) -> None:
+        """End the ranks that do not raise a UserError themselves, as all do whose config is wrong."""
+        beat, rank = self._limits["beat_seconds"], self._me.rank
+        # `__main__` prints the message of a node's first rank
+        if is_main_of_node() and not self._is_first_to_tell(store):
+            os._exit(USER_ERROR)
+        store.add("ended", 1)
+        if not self._all_end(store, within=BEATS_FOR_THE_SAME * beat):
+            found = json.dumps(asdict(Verdict((rank,), str(error), is_for_user=True)))
+            store.compare_set("verdict", "", found)
+            self._all_end(store, within=2 * BEATS_OF_DOUBT * beat)
+        if not is_main_of_node() and self._is_first_to_tell(store):  # the first rank had ended before
+            self._write(to_user(str(error), rank=rank))
+
+    def _end_with_user_error(self, verdict: dict[str, Any], store: Store) -> NoReturn:
+        with suppress(DistError):  # the process that holds the store has ended by now
+            if self._is_first_to_tell(store):
+                self._write(to_user(verdict["reason"], rank=verdict["culprits"][0]))
+            store.add("ended", 1)
+            self._all_end(store, within=BEATS_OF_DOUBT * self._limits["beat_seconds"])
+        time.sleep(self._limits["beat_seconds"])  # the rank with the error leaves first: it may have the words to print
+        os._exit(USER_ERROR)
+
+    def _is_first_to_tell(self, store: Store) -> bool:
+        return store.add(f"told {self._me.place}", 1) == 1
+
+    def _all_end(self, store: Store, *, within: float) -> bool:
+        """Wait for it, at most so many seconds."""
+        deadline = time.monotonic() + within
+        while not (done := store.add("ended", 0) >= self._world) and time.monotonic() < deadline:
             time.sleep(self._limits["beat_seconds"] / 10)
-            ended = self._store.add("ended", 0)  # type: ignore[reportOptionalMemberAccess]
+        return done
 
     def _look(self) -> None:
         now, most = time.monotonic(), BEATS_OF_DOUBT * self._limits["beat_seconds"]
@@ -259,6 +300,8 @@ class Watchdog:
 
     def _obey(self, found: str | bytes) -> NoReturn:
         verdict = json.loads(found)
+        if self._store and verdict["is_for_user"]:
+            self._end_with_user_error(verdict, self._store)
         seen, culprits = [Status(**one) for one in verdict["seen"]], verdict["culprits"]
         silenced = [one for one in seen if one.gone or one.silent > self._limits["dead_seconds"]]
         here = [one.rank for one in seen if one.place == self._me.place and one not in silenced and not one.ended]
@@ -294,11 +337,14 @@ class Watchdog:
             stack = traceback.extract_stack(sys._current_frames().get(threading.main_thread().ident or 0))
             kept = [frame for frame in stack if _is_ours(frame.filename) or frame in stack[-3:]]
             text += "; its main thread:\n" + "".join(traceback.format_list(kept)).rstrip()
+        self._write(text)
+        time.sleep(BEATS_OF_DOUBT * self._limits["beat_seconds"])
+
+    def _write(self, text: str) -> None:
         sys.stderr.write(f"{text}\n")  # at once: the others write theirs
         sys.stderr.flush()
         # the main thread may hold the lock of stdout
         threading.Thread(target=sys.stdout.flush, daemon=True).start()
-        time.sleep(BEATS_OF_DOUBT * self._limits["beat_seconds"])
 
 
 def _position(error: BaseException | None) -> tuple[str, bool]:

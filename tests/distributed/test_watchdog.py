@@ -1,5 +1,6 @@
 """A rank that is killed, stopped, asleep or in error ends all ranks, and every rank tells what it was doing."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,39 +15,50 @@ from rto_megatron.distributed.watchdog import Watchdog
 RANK = """
     import os, signal, sys, time
     import torch, torch.distributed as dist
+    from rto_megatron import __main__
     from rto_megatron.distributed.watchdog import Watchdog
     from rto_megatron.errors import DataError
 
     culprit, deed = int(sys.argv[1]), sys.argv[2]
     signal.signal(signal.SIGTERM, lambda *_: None)  # as stages do: save and stop at the end of the step
+
+    def refuse():
+        raise DataError("p.jsonl:2: is no object")
+
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     watchdog = Watchdog(rank=rank, world=world, floor_seconds=3, beat_seconds=0.2, dead_seconds=4)
-    with watchdog.watching():
-        for step in range(3):
-            watchdog.enter("generate", f"answers {step}", seconds=0.1, queues=f"ready {rank}")
-            if rank == culprit and step == 2:
-                time.sleep(0.5)  # a beat, so that others know the item
-                print("is about to")
-                {
-                    "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
-                    "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-                    "asleep": lambda: time.sleep(300),
-                    "error": lambda: [][0],
-                    "user error": lambda: (_ for _ in ()).throw(DataError("p.jsonl:2: is no object")),
-                    "launcher killed": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(300)),
-                    "launcher stopped": lambda: (
-                        os.system(f"(sleep 20; kill -KILL {os.getppid()}) & kill -STOP {os.getppid()}"),
-                        time.sleep(300),
-                    ),
-                    "nothing": lambda: time.sleep(1),
-                }[deed]()
-            watchdog.leave()
-            watchdog.enter("train", f"minibatch {step}")
-            dist.all_reduce(torch.ones(3))
-            watchdog.leave()
-    dist.destroy_process_group()
-    print("a good end")
+
+    def work(*_):
+        with watchdog.watching():
+            for step in range(3):
+                watchdog.enter("generate", f"answers {step}", seconds=0.1, queues=f"ready {rank}")
+                if culprit in (rank, -1) and step == 2:
+                    time.sleep(0.5)  # a beat, so that others know the item
+                    print("is about to")
+                    {
+                        "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
+                        "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+                        "asleep": lambda: time.sleep(300),
+                        "error": lambda: [][0],
+                        "user error": refuse,
+                        "user error of one that is gone": lambda: (dist.destroy_process_group(), refuse()),
+                        "launcher killed": lambda: (os.kill(os.getppid(), signal.SIGKILL), time.sleep(300)),
+                        "launcher stopped": lambda: (
+                            os.system(f"(sleep 20; kill -KILL {os.getppid()}) & kill -STOP {os.getppid()}"),
+                            time.sleep(300),
+                        ),
+                        "nothing": lambda: time.sleep(1),
+                    }[deed]()
+                watchdog.leave()
+                watchdog.enter("train", f"minibatch {step}")
+                dist.all_reduce(torch.ones(3))
+                watchdog.leave()
+        dist.destroy_process_group()
+        print("a good end")
+
+    __main__._run = work
+    sys.exit(__main__.main(["rto"]))
 """
 
 
@@ -104,9 +116,34 @@ def test_all_ranks_tell_and_end(culprit, deed, reason, launcher, tmp_path):
         assert "time.sleep(300)" in output
 
 
-def test_what_the_user_did_wrong_ends_the_ranks_that_wait_for_it(tmp_path):
-    _, output, _ = run_three(tmp_path, 1, "user error")
-    assert "rank 1 failed in generate 'answers 2': DataError: p.jsonl:2: is no object" in output
+@pytest.mark.parametrize(
+    ("culprit", "deed", "launcher"),
+    [
+        (0, "user error", "torch.distributed.run"),
+        (2, "user error", "rto_megatron.launch"),
+        (2, "user error of one that is gone", "torch.distributed.run"),
+    ],
+)
+def test_what_the_user_did_wrong_on_one_rank_ends_all_with_its_message(culprit, deed, launcher, tmp_path):
+    code, output, seconds = run_three(tmp_path, culprit, deed, launcher)
+    where = " on rank 2" if culprit else ""
+    told = f"is about to\nerror{where}: p.jsonl:2: is no object\n"
+    assert seconds < 10, output
+    if launcher == "rto_megatron.launch":
+        assert code == 2
+        assert output == told
+    else:
+        assert len(re.findall(r"exitcode +: 2 ", output)) == 3, output
+        assert output.startswith(told), output
+        assert output.count("is no object") == 1, output
+        assert "last beat" not in output and "DataError" not in output, output
+
+
+def test_what_the_user_did_wrong_on_all_ranks_ends_them_without_a_wait(tmp_path):
+    code, output, _ = run_three(tmp_path, -1, "user error")
+    assert code == 2, output
+    assert [line for line in output.split("\n") if line.startswith("error")] == ["error: p.jsonl:2: is no object"]
+    assert "Traceback" not in output
 
 
 def test_ranks_tell_when_the_store_is_gone_with_the_launcher(tmp_path):

@@ -18,11 +18,15 @@ RANK = """
     from rto_megatron.distributed.runtime import prepare_imports
     prepare_imports()
     from rto_megatron.__main__ import main
+    from rto_megatron.errors import DataError
     from rto_megatron.stages import interleaved, rto, run
 
     culprit, deed, after = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
     rto.Watchdog = partial(rto.Watchdog, beat_seconds=0.3, dead_seconds=4)
     begun = [0]
+
+    def refuse():
+        raise DataError("p.jsonl:2: is no object")
 
     def strikes(work):
         def wrapped(*words, **more):
@@ -34,6 +38,7 @@ RANK = """
                     "killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
                     "stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
                     "asleep": lambda: time.sleep(300),
+                    "refuses": refuse,
                 }[deed]()
             return work(*words, **more)
         return wrapped
@@ -67,12 +72,10 @@ ITEM = r"(prefill|decode|score|advantage|train|optimizer|refit|boundary|save|gen
 @pytest.mark.parametrize(("where", "deed", "seed"), CASES)
 @pytest.mark.parametrize("launcher", ["rto_megatron.launch", pytest.param("torch.distributed.run", marks=SLOW)])
 def test_all_ranks_end_with_a_report(where, deed, seed, launcher, chain, tmp_path):
-    world, layout = where
+    world, _ = where
     rng = random.Random(seed)
     culprit, after = rng.randrange(world), rng.randint(3, 6) if where is SEQUENTIAL else rng.randint(60, 120)
-    short = ["--schedule.slice_steps=2", "--schedule.pack_tokens=90", "--schedule.hang_seconds=3", "--num_steps=1000"]
-    words = ["rto", *words_of("rto", chain), f"--run_dir={tmp_path}/run", *short, *layout]
-    code, output, seconds = run_until(tmp_path, launcher, world, [culprit, deed, after, *words])
+    code, output, seconds = run_until(tmp_path, launcher, where, [culprit, deed, after], chain)
 
     assert code == 1, output
     assert seconds < 40, output
@@ -95,8 +98,21 @@ def test_all_ranks_end_with_a_report(where, deed, seed, launcher, chain, tmp_pat
         assert "Traceback" not in output
 
 
-def run_until(folder, launcher, world, words):
+@pytest.mark.parametrize(("where", "culprit", "after"), [(SPLIT, 2, 40), pytest.param(SEQUENTIAL, 1, 3, marks=SLOW)])
+def test_what_the_user_did_wrong_on_one_rank_is_told_once(where, culprit, after, chain, tmp_path):
+    code, output, seconds = run_until(tmp_path, "rto_megatron.launch", where, [culprit, "refuses", after], chain)
+    assert code == 2, output
+    assert seconds < 20, output
+    assert output.endswith(f"is about to\nerror on rank {culprit}: p.jsonl:2: is no object\n")
+    assert output.count("is no object") == 1, output
+    assert "Traceback" not in output and "last beat" not in output and "rank 0:" not in output, output
+
+
+def run_until(folder, launcher, where, deed, chain):
     """Exit code, output, and seconds from the deed to the end of the last rank."""
+    world, layout = where
+    short = ["--schedule.slice_steps=2", "--schedule.pack_tokens=90", "--schedule.hang_seconds=3", "--num_steps=1000"]
+    words = [*deed, "rto", *words_of("rto", chain), f"--run_dir={folder}/run", *short, *layout]
     script = folder / "rank.py"
     script.write_text(textwrap.dedent(RANK))
     command = [sys.executable, "-m", launcher, "--standalone", "--nproc-per-node", world, script, *words]

@@ -37,22 +37,22 @@ class ParallelConfig:
             )
         return world // (self.tensor * self.pipeline)
 
-    def check_model(self, model: ModelConfig) -> None:
-        """Raise ConfigError unless the layout divides the model."""
-        for name in ("num_attention_heads", "ffn_hidden_size"):
-            if getattr(model, name) % self.tensor:
-                raise ConfigError(f"parallel.tensor must divide model.{name} {getattr(model, name)}, got {self.tensor}")
+    def check_model(self, model: ModelConfig, name: str = "parallel") -> None:
+        """Raise ConfigError unless the layout, the setting `name`, divides the model."""
+        for size in ("num_attention_heads", "ffn_hidden_size"):
+            if getattr(model, size) % self.tensor:
+                raise ConfigError(f"{name}.tensor must divide model.{size} {getattr(model, size)}, got {self.tensor}")
         groups = model.num_query_groups
         if groups % self.tensor and self.tensor % groups:
             raise ConfigError(
-                f"parallel.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}"
+                f"{name}.tensor must divide model.num_query_groups {groups} or be a multiple of it, got {self.tensor}"
             )
         if model.padded_vocab_size % self.tensor:
             raise ConfigError(
-                f"parallel.tensor must divide the padded vocabulary {model.padded_vocab_size}, got {self.tensor}"
+                f"{name}.tensor must divide the padded vocabulary {model.padded_vocab_size}, got {self.tensor}"
             )
         if model.num_layers % self.pipeline:
-            raise ConfigError(f"parallel.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
+            raise ConfigError(f"{name}.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,12 @@ def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> R
     return runtime
 
 
+def wait_for_device() -> None:
+    """Until what was launched on the GPU is done; nothing on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def stop_runtime() -> None:
     """Leave the other ranks; call it where a run ends well, not on the way out of an error."""
     global _running

@@ -73,6 +73,8 @@ def examine(path: Path | None, words: list[str], options: Options) -> Report:
     one_replica = config.parallel.tensor * config.parallel.pipeline
     least = least_ranks(config) if isinstance(config, RTORun) else one_replica
     ranks = options.ranks or (int(started) if started else least)
+    if options.nodes > ranks:
+        raise ConfigError(f"nodes must be at most the {ranks} ranks, got {options.nodes}; give --ranks too")
     place = Place(
         hardware=inspect_hardware(), ranks=ranks, ranks_here=-(-ranks // options.nodes), memory=options.memory
     )

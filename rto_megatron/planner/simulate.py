@@ -12,7 +12,7 @@ from rto_megatron.errors import ConfigError, DataError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
 from rto_megatron.planner.told import Memory, Timed, show_bounds, show_memory, show_phases, timed
-from rto_megatron.schedule.cast import Cast, cast_of, sizes_of
+from rto_megatron.schedule.cast import Cast, cast_of, least_ranks, sizes_of
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.limits import longest_chain, resource_bound
 from rto_megatron.schedule.rooflines import GPUS, Layout, Roles, Roofline
@@ -21,7 +21,8 @@ from rto_megatron.schedule.trace import Row, draw, read_trace, write_trace
 from rto_megatron.schedule.trace_folder import read_last_start
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload, padding
-from rto_megatron.stages.rules import roles_of
+from rto_megatron.stages.rules import roles_of, size_rules
+from rto_megatron.stages.run import writing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,9 @@ def main(path: Path | None, words: list[str]) -> int:
         print_options(Options, "python -m rto_megatron simulate RUN.yaml [--section.field=value ...]")
     options, words = split_options(Options, words)
     config = load_run("rto", path, words)
-    cast = cast_of(config, options.ranks or _fewest_ranks(config))
+    cast = cast_of(config, options.ranks or least_ranks(config))
+    for rule in size_rules(config, cast.policy.num_replicas):
+        rule.check()
     staleness = config.schedule.staleness
     fewest = 3 + 2 * staleness
     if options.steps is not None and options.steps < fewest - 1:
@@ -75,7 +78,8 @@ def main(path: Path | None, words: list[str]) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     if options.trace is not None:
-        write_trace(options.trace, rows)
+        with writing("trace", options.trace):
+            write_trace(options.trace, rows)
     console, found = Console(), timed(rows, list(map(len, cast.groups)), staleness=staleness)
     source = f"fitted to {options.costs}" if options.costs else f"rooflines of {options.gpu}, nothing measured"
     console.say(f"costs: {source}")
@@ -89,12 +93,6 @@ def main(path: Path | None, words: list[str]) -> int:
     console.say("")
     console.say(draw(rows))
     return 0
-
-
-def _fewest_ranks(config: RTORun) -> int:
-    return config.parallel.tensor * config.parallel.pipeline + (
-        config.schedule.rollout_ranks + config.schedule.critic_ranks
-    )
 
 
 def _workload(config: RTORun, options: Options) -> Workload:
@@ -167,7 +165,7 @@ def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast,
         engine=cast.engine.parallel,
         critic=cast.critic.parallel,
         compute=config.compute,
-        moves=config.schedule.staleness > 0 or (config.schedule.minibatches == "logical" and not place.shares_weights),
+        moves=place.moves(staleness=config.schedule.staleness, early=config.schedule.minibatches == "logical"),
         num_data=cast.policy.num_replicas,
         num_critic_data=cast.critic.num_replicas,
         micro_tokens=config.compute.micro_batch_size * window,

@@ -146,10 +146,15 @@ def _troupe(name: str, parallel: ParallelConfig, ranks: range) -> Troupe:
 def _lanes(config: RTORun, placement: RoleMap) -> int:
     """As the config says; else the fewest that those who write can share, one a replica of the policy or more."""
     writers = len(placement.engines)
+    samples = config.prompts_per_step * config.samples_per_prompt
     lanes = config.schedule.lanes
     if lanes is None:
-        return writers * -(-len(placement.policy) // writers)
-    samples = config.prompts_per_step * config.samples_per_prompt
+        lanes = writers * -(-len(placement.policy) // writers)
+        if lanes > samples:
+            raise ConfigError(
+                f"prompts_per_step x samples_per_prompt must give each of {lanes} replicas a sample to write, got "
+                f"{samples}; raise it, or start fewer ranks"
+            )
     if lanes % writers or lanes > samples:
         raise ConfigError(
             f"schedule.lanes must be a multiple of the {writers} replicas that write, and at most the {samples} "

@@ -2,7 +2,7 @@
 
 Plain sockets, apart from the collectives of the models: a leader can wait for whoever speaks next, and a peer that dies
 closes its end. One thread reads everything, so a sender never waits for a busy receiver. Rows of samples are small
-(20 bytes a token); weights and activations do not go this way.
+(about 30 bytes a token); weights and activations do not go this way.
 """
 
 import os
@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
@@ -82,11 +84,11 @@ def connect(rank: int, groups: Sequence[Sequence[int]], gather: Callable[[Any], 
     calls = [r for r in leaders if leaders.index(r) < leaders.index(rank)] + list(mine[1:]) if rank in leaders else []
     key = gather(os.urandom(16) if rank == 0 else None)[0]
     peers: dict[int, Connection] = {}
-    with Listener((_own_address(), 0), backlog=max(1, len(called_by)), authkey=key) as listener:
+    with Listener((_own_address(gather), 0), backlog=max(1, len(called_by)), authkey=key) as listener:
 
         def accept() -> None:
             for _ in called_by:
-                connection = listener.accept()
+                connection = _accept(listener)
                 peers[connection.recv()] = connection
 
         door = threading.Thread(target=accept, daemon=True)
@@ -102,10 +104,26 @@ def connect(rank: int, groups: Sequence[Sequence[int]], gather: Callable[[Any], 
     return Links(rank, peers, inbox)
 
 
-def _own_address() -> str:
-    """The address by which other machines reach this one: that from which it reaches their meeting point."""
+def _accept(listener: Listener) -> Connection:
+    """The next caller who knows the key: a stray one is sent away."""
+    while True:
+        try:
+            return listener.accept()
+        except (AuthenticationError, EOFError, ConnectionResetError):
+            continue
+
+
+def _own_address(gather: Callable[[Any], list[Any]]) -> str:
+    """The address by which the other ranks reach this one: that from which it reaches their meeting point."""
+    own = _source_address(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+    elsewhere = [address for address in gather(own) if not ip_address(address).is_loopback]
+    # the machine where they meet may know its own name as a loopback address
+    return _source_address(elsewhere[0]) if elsewhere and ip_address(own).is_loopback else own
+
+
+def _source_address(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 1))  # nothing is sent
+        probe.connect((host, 1))  # nothing is sent
         return probe.getsockname()[0]
 
 

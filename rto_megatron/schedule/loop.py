@@ -137,6 +137,9 @@ class Loop:
             outcome = self._run(item, schedule.describe)
             schedule.done(self._group, item, outcome.lengths)
             self._note(item, outcome)
+            # who fills minibatches in the order of ending must know of every clock, else of what has ended
+            if item.kind not in QUIET and (item.kind != "decode" or outcome.lengths or schedule.early):
+                self._tell()
         for member in self._members:
             self._links.send(member, (None, ()))
 
@@ -154,13 +157,11 @@ class Loop:
         return found
 
     def _note(self, item: Item, outcome: Outcome) -> None:
-        """Remember to tell of an item; tell now if somebody may wait for it."""
+        """Remember to tell of an item."""
         self._unsent.append((item, outcome.lengths))
         if outcome.found is not None:
             for group in self._work.readers(item):
                 self._findings[group].append(outcome.found)
-        if item.kind not in QUIET and (item.kind != "decode" or outcome.lengths):
-            self._tell()
 
     def _tell(self) -> None:
         """One letter to every other leader, of all that was done since the last."""

@@ -60,15 +60,20 @@ class RoleMap:
             return self.engine_of(lane, num_lanes)
         return self.scorers[(lane + pack) % len(self.scorers)]
 
-    def snapshots(self, *, moves: bool) -> tuple[int, ...]:
-        """Scorers that need a copy of policy and critic as they were when the responses were written.
+    def moves(self, *, staleness: int, early: bool) -> bool:
+        """Whether training may move the weights while responses that they wrote are unscored."""
+        return staleness > 0 or (early and not self.shares_weights)
 
-        Args:
-            moves: whether training may move the weights while responses of the same version are unscored. Where it
-                does not, a group that trains both scores with what it trains.
-        """
-        own = set() if moves else set(self.policy) & set(self.critic or self.policy)
-        return tuple(group for group in self.scorers if group not in own)
+    def needs_copy(self, group: int, role: str, *, moves: bool) -> bool:
+        """Whether a group scores with a copy of `policy` or `critic`, not with what it trains or writes with."""
+        trained = getattr(self, role)
+        has_it = group in trained or (role == "policy" and group in self.engines)
+        return group in self.scorers and bool(trained) and (moves or not has_it)
+
+    def snapshots(self, *, moves: bool) -> tuple[int, ...]:
+        """Scorers that need a copy of policy or critic as they were when the responses were written."""
+        roles = ("policy", "critic")
+        return tuple(g for g in self.scorers if any(self.needs_copy(g, role, moves=moves) for role in roles))
 
 
 def colocated(num_groups: int, *, critic: bool = True) -> RoleMap:

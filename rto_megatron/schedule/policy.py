@@ -9,12 +9,19 @@
 The *program* lists training and all that groups do together; each group does its part of it, in order:
 
     step i:   proximal                                     with staleness: the policy is another one than wrote
-              advantage                                    once all samples of the step are scored
-              for each minibatch:                          (or of the minibatch, with early minibatches)
-                  train policy and critic; optimizer policy, optimizer critic
-              refit engine, version i + 1                  once no response of an older version is being written
-              refit scorer, version i + 1                  once no response of an older version is unscored
+              advantage                                    once all samples of the step are scored; with early
+                                                           minibatches on ranks that do not write, each once its own are
+              for each minibatch:
+                  train policy, train critic               one item where they share their groups
+                  optimizer policy, optimizer critic
+              refit engine, version i + 1                  of groups that write and do not train, once no response of
+                                                           an older version is being written
+              refit scorer, version i + 1                  of groups that score with copies, once no response of an
+                                                           older version is unscored
               boundary                                     everybody
+
+A lane has prompts left or responses live, holds the right version, and writes on unless `waiting_packs` of its packs
+wait. A pack that it has closed may be scored at once; in the colocated map, once the step's last response is written.
 
 As everybody meets the shared items in one order, no two groups can wait for each other in different ones. Who decodes
 which lane and scores which pack is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks
@@ -72,8 +79,9 @@ class Schedule:
         _check(placement, sizes, staleness, early)
         self.placement, self.sizes, self.staleness, self.early = placement, sizes, staleness, early
         self._inputs, self._steps = inputs, {}
-        self._snapshots = placement.snapshots(moves=staleness > 0 or (early and not placement.shares_weights))
-        self._first_step = self._version_at_start = first_step
+        self._snapshots = placement.snapshots(moves=placement.moves(staleness=staleness, early=early))
+        self._oldest = self._version_at_start = first_step
+        """Of the steps that are not over; the version that everybody began with."""
         self._handed_over = handed_over
         self._programs = {group: chain.from_iterable(self._parts(group)) for group in placement.groups}
         self._heads: dict[int, Item | None] = {group: next(self._programs[group], None) for group in placement.groups}
@@ -138,7 +146,7 @@ class Schedule:
     # The program: training, and what groups do together.
 
     def _parts(self, group: int) -> Iterator[Iterator[Item]]:
-        for step in range(self._first_step, self.sizes.num_steps):
+        for step in range(self._oldest, self.sizes.num_steps):
             yield (item for item in self._program(step) if group in item.groups)
 
     def _program(self, step: int) -> Iterator[Item]:
@@ -198,13 +206,13 @@ class Schedule:
 
     def _may_refit(self, item: Item) -> bool:
         """Whether the new weights exist, and the old ones are done with: steps before this one used them."""
+        last = len(self._step(item.step).minibatches) - 1
         trained = [
             self._all_ended(Item(kind="optimizer", step=item.step, groups=groups, number=last, role=role))
             for role, groups in (("policy", self.placement.policy), ("critic", self.placement.critic))
             if groups and (role == "policy" or item.role == "scorer")
-            for last in [len(self._step(item.step).minibatches) - 1]
         ]
-        of_older = range(self._first_step, min(item.version + self.staleness, self.sizes.num_steps))
+        of_older = range(self._oldest, min(item.version + self.staleness, self.sizes.num_steps))
         if item.role == "engine":
             return all(trained) and all(self._step(step).drained for step in of_older)
         return all(trained) and all(len(self._step(step).scored) == self.sizes.samples for step in of_older)
@@ -221,16 +229,16 @@ class Schedule:
             self._refits[group, item.role] += 1
         self._heads[group] = next(self._programs[group], None)
         at = min((head.step for head in self._heads.values() if head), default=self.sizes.num_steps)
-        while self._first_step < at:
-            del self._steps[self._first_step]
-            self._first_step += 1
-            self._ended = Counter({key: count for key, count in self._ended.items() if key[1] >= self._first_step})
+        while self._oldest < at:
+            del self._steps[self._oldest]
+            self._oldest += 1
+            self._ended = Counter({key: count for key, count in self._ended.items() if key[1] >= self._oldest})
 
     # The lanes: writing responses.
 
     def _of_lanes(self, group: int) -> Item | None:
         # One more than are in flight: the refit of scorers may still wait when engines already have theirs.
-        for number in range(self._first_step, min(self._first_step + self.staleness + 2, self.sizes.num_steps)):
+        for number in range(self._oldest, min(self._oldest + self.staleness + 2, self.sizes.num_steps)):
             mine = [lane for lane in self._lanes_of[group] if not self._step(number).lanes[lane].drained]
             if not mine:
                 continue

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.errors import DataError
+from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.schedule.work import KINDS, Kind
 
 LETTERS: dict[Kind, str] = {
@@ -243,16 +243,34 @@ class TraceFile:
 
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         """Open for appending: a run that goes on adds to what it has written."""
-        self.clock = clock
-        self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
+        self.clock, self._path = clock, path
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
 
     def write(self, row: Row) -> None:
-        """Add a row."""
-        self._file.write(json.dumps(asdict(row)) + "\n")
+        """Add a row.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        with _writing(self._path):
+            self._file.write(json.dumps(asdict(row)) + "\n")
 
     def close(self) -> None:
         """Nothing more comes."""
         self._file.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {path.parents[1]}: {path.relative_to(path.parents[1])} cannot be written "
+            f"({error.strerror or error}); free the disk, or set another run_dir"
+        ) from None
 
 
 @contextmanager
@@ -265,7 +283,6 @@ def trace_file(run_dir: Path, rank: int, gather: Callable[[Any], list[Any]]) -> 
         gather: tells every rank's object to every rank.
     """
     folder = run_dir / "trace"
-    folder.mkdir(parents=True, exist_ok=True)
     start = gather(time.time())[0]
     base = time.perf_counter() - (time.time() - start)
     trace = TraceFile(folder / f"rank_{rank:05d}.jsonl", lambda: time.perf_counter() - base)

@@ -14,9 +14,11 @@ from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint, Manifest
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
+from rto_megatron.distributed.runtime import world_size
 from rto_megatron.errors import DataError
 from rto_megatron.metrics import Steps
 from rto_megatron.rollout.experience import sentence_end_ids
+from rto_megatron.schedule.cast import cast_of
 from rto_megatron.stages.resume import Checkpoints, Progress, check_unchanged
 from rto_megatron.stages.run import Clock, Run, open_run
 from rto_megatron.stages.update import plan_updates
@@ -114,7 +116,8 @@ def on_course(
     with open_run(config, name, mesh, sizes, own=own) as running:
         running.console.say(f"prompts: {dropped}")
         checkpoints = Checkpoints(config, trained, lambda: manifest, tokenizer, config.num_steps, higher_is_better=True)
-        at, clock = checkpoints.take_up(own, Progress(kl_coef=config.rto.kl_coef)), Clock()
+        lanes = cast_of(config, world_size()).lanes if config.schedule.minibatches == "logical" else None
+        at, clock = checkpoints.take_up(own, Progress(kl_coef=config.rto.kl_coef, lanes=lanes)), Clock()
         with running.console.progress(name, total=config.num_steps, start=at.step) as shown:
             yield Course(
                 config=config,

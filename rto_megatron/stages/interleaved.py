@@ -18,11 +18,13 @@ from torch import Tensor
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.readers import PromptRow
+from rto_megatron.data.sampler import shard
 from rto_megatron.distributed.checkpoint import Checkpoint
-from rto_megatron.distributed.collectives import barrier, gather_objects, sum_in_rank_order
-from rto_megatron.distributed.runtime import Runtime, is_main, rank, world_size
+from rto_megatron.distributed.collectives import gather_objects, sum_in_rank_order
+from rto_megatron.distributed.runtime import Runtime, is_main, rank, wait_for_device, world_size
 from rto_megatron.distributed.step import accumulate, score, token_log_probs
 from rto_megatron.distributed.watchdog import Watchdog
+from rto_megatron.errors import CheckpointError
 from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.engine import DecodeBatch, Request
 from rto_megatron.rollout.experience import Credit, for_newer_policy, make_experience
@@ -41,7 +43,7 @@ from rto_megatron.stages.held_out import HeldOut
 from rto_megatron.stages.players import Players, load_players
 from rto_megatron.stages.resume import digests
 from rto_megatron.stages.rto_metrics import staleness_metrics, step_metrics
-from rto_megatron.stages.samples import Found, Samples, make_pass, said_of
+from rto_megatron.stages.samples import FILE, Found, Samples, make_pass, said_of
 from rto_megatron.stages.update import minibatch_rows, take_optimizer_step, tasks_of
 from rto_megatron.stages.watched import watched_item, watched_phase
 
@@ -101,6 +103,7 @@ class RTOWork:
         """Do this rank's part of an item."""
         start = time.perf_counter()
         outcome = getattr(self, f"_{item.kind}")(item, self.step(item.step))
+        wait_for_device()  # an item is over when its work is, not when its kernels are launched
         self._seconds[item.kind] += time.perf_counter() - start
         return outcome
 
@@ -173,7 +176,7 @@ class RTOWork:
             said = score(trained.model, rows, token_log_probs, mesh, micro_batch_size=size)[..., 0]
             log_probs[list(pack.samples), : said.shape[1]] = said[:, : log_probs.shape[1]]
         state.proximal = sum_in_rank_order(log_probs, mesh)  # disjoint rows: nothing is rounded
-        return Outcome(load=Load(state.samples.contexts(item.samples)))
+        return Outcome(load=Load(state.samples.contexts(row for pack in mine for row in pack.samples)))
 
     def _advantage(self, item: Item, state: StepState) -> Outcome:
         if self._early:
@@ -209,8 +212,7 @@ class RTOWork:
         is_policy = item.role in ("policy", "both")
         mesh = players.policy_mesh if is_policy else players.critic_mesh
         assert mesh is not None
-        size = len(whole) // mesh.data.size
-        mine = whole.rows(range(mesh.data.rank * size, (mesh.data.rank + 1) * size))
+        mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
         tasks = tasks_of(
             players.policy if is_policy else None,
             players.critic if item.role in ("critic", "both") else None,
@@ -293,6 +295,11 @@ class RTOWork:
         if self.config.schedule.staleness == 0 or own is None:
             return None
         samples = self.step(own.manifest.step).samples
+        if not (own.folder / FILE).exists():
+            raise CheckpointError(
+                f"{own.folder}: holds no {FILE}: a run with schedule.staleness 1 that has ended cannot be made longer: "
+                "its next samples were not written, and the weights for them are gone; set another run_dir"
+            )
         samples.load(own.folder)
         return samples.lengths
 
@@ -311,7 +318,7 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
     """Run the steps of RTO by the schedule that the config asks for."""
     plan, cast = config.schedule, cast_of(config, world_size())
     sizes, early = sizes_of(config, cast), plan.minibatches == "logical"
-    moves = plan.staleness > 0 or (early and not cast.placement.shares_weights)
+    moves = cast.placement.moves(staleness=plan.staleness, early=early)
     players = load_players(config, cast, runtime, moves=moves)
     prompts, dropped, ends = prompts_of(config, players.tokenizer)
     held_out = HeldOut.of_run(config, players.tokenizer)
@@ -360,5 +367,4 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
                 disturb=Disturbance(plan.delay_seconds, random.Random(f"{rank()}/{time.time_ns()}")),
                 clock=trace.clock,
             ).run(schedule)
-        barrier()  # who closes while another has letters to read would be taken for dead
         links.close()

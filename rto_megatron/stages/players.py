@@ -37,7 +37,7 @@ class Players:
     judges: Judges | None
     """The frozen roles, where it scores."""
     old_policy: PolicyModel | None
-    """What scores as the policy: its own weights, or a copy of those that wrote."""
+    """What scores as the policy: the weights that it trains or writes with, or a copy of those that wrote."""
     old_critic: ScalarModel | None
     refits: dict[str, list[Refit]]
     """`engine`, `scorer` -> what a refit item of that role moves; the same on all ranks."""
@@ -70,31 +70,30 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
     assert own is not None, "every rank has a role"
     seed_streams(config.seed, own)
 
-    def load(path: Path, kind: Kind, mesh: Mesh | None, parallel: ParallelConfig, *, frozen: bool) -> Any:
+    def load(path: Path, kind: Kind, mesh: Mesh | None, parallel: ParallelConfig) -> Any:
+        # copies are not frozen: Megatron multiplies with frozen weights in another way, whose last bits may differ
         temperature = config.rollout.log_prob_temperature
         more = {"parallel": parallel, "compute": config.compute, "temperature": temperature, "seed": config.seed}
-        return load_role(path, kind, mesh, frozen=frozen, **more)[0]
+        return load_role(path, kind, mesh, frozen=False, **more)[0]
 
     scores = group in place.scorers
     judges = load_judges(config, own if scores else None)
-    policy = load(starts["policy"], "policy", meshes["policy"], cast.policy.parallel, frozen=False)
+    policy = load(starts["policy"], "policy", meshes["policy"], cast.policy.parallel)
     critic = None
     if "critic" in starts:
-        critic = load(starts["critic"], "value", meshes["critic"], cast.critic.parallel, frozen=False)
+        critic = load(starts["critic"], "value", meshes["critic"], cast.critic.parallel)
     writer, refits = policy, {"engine": [], "scorer": []}
     if not place.shares_weights:
-        writer = load(starts["policy"], "policy", meshes["engine"], cast.engine.parallel, frozen=True)
+        writer = load(starts["policy"], "policy", meshes["engine"], cast.engine.parallel)
         refits["engine"].append(Refit(policy, writer))
-    old_policy, old_critic = policy, critic
-    if snapshots := place.snapshots(moves=moves):
-        mesh = own if group in snapshots else None
-        copy = load(starts["policy"], "policy", mesh, config.parallel, frozen=True)
-        refits["scorer"].append(Refit(policy, copy))
-        old_policy = copy or policy
-        if "critic" in starts:
-            copy = load(starts["critic"], "value", mesh, config.parallel, frozen=True)
-            refits["scorer"].append(Refit(critic, copy))
-            old_critic = copy or critic
+    copies: dict[str, Any] = {"policy": None, "critic": None}
+    held: tuple[tuple[str, Kind, Any], ...] = (("policy", "policy", policy), ("critic", "value", critic))
+    for role, kind, trained in held:
+        takers = [number for number in place.groups if place.needs_copy(number, role, moves=moves)]
+        if takers:
+            mesh = own if group in takers else None
+            copies[role] = load(starts[role], kind, mesh, config.parallel)
+            refits["scorer"].append(Refit(trained, copies[role]))
     return Players(
         group=group,
         policy_mesh=meshes["policy"],
@@ -104,8 +103,8 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
         critic=_trainable("critic", critic, config, meshes["critic"]),
         writer=writer,
         judges=judges if scores else None,
-        old_policy=old_policy,
-        old_critic=old_critic,
+        old_policy=copies["policy"] or policy or writer,
+        old_critic=copies["critic"] or critic,
         refits=refits,
         tokenizer=tokenizer_of(parents["policy"]),
         parents=parents,

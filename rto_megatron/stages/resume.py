@@ -43,6 +43,9 @@ FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.
 FIXED = ("schedule.staleness", "schedule.minibatches")
 """Settings that it may not change though they begin so."""
 
+FIXED_IF_LOGICAL = ("schedule.lanes", "schedule.slice_steps")
+"""Likewise where minibatches are filled in the order in which responses end, which these decide too."""
+
 NEWER = {"schedule.staleness": 0, "schedule.minibatches": "random", "ppo.importance_cap": 2.0}
 """Settings that a run of an earlier version does not name, and what it did."""
 
@@ -72,12 +75,14 @@ class Progress:
     """How many steps are done."""
     kl_coef: float | None = None
     """Of an adaptive KL controller; None where the stage has none."""
+    lanes: int | None = None
+    """Decode batches of a step, where minibatches are filled in the order in which responses end."""
     best: float | None = None
     """The best held-out number at which a checkpoint was saved, with checkpoint.keep_best."""
 
     def numbers(self) -> dict[str, float]:
         """As a manifest holds them."""
-        return {name: value for name, value in (("kl_coef", self.kl_coef), ("best", self.best)) if value is not None}
+        return {name: value for name, value in vars(self).items() if name != "step" and value is not None}
 
 
 class Checkpoints:
@@ -120,6 +125,12 @@ class Checkpoints:
             return progress
         if missing := sorted(progress.numbers().keys() - own.manifest.progress.keys()):
             raise CheckpointError(f"{own.folder}/checkpoint.json: lacks progress.{missing[0]}; train again")
+        begun: dict[str, Any] = own.manifest.progress
+        if progress.lanes != begun.get("lanes"):
+            raise ConfigError(
+                f"schedule.lanes: a step has {progress.lanes} on these ranks, but the run in {self.config.run_dir} began "
+                f"with {begun['lanes']}, which decide its logical minibatches; set schedule.lanes to that"
+            )
         for role, trainable in self.trained.items():
             load_weights(trainable.model if trainable else None, own, role)
             if self.config.checkpoint.resume == "all":
@@ -127,7 +138,7 @@ class Checkpoints:
             elif trainable:
                 trainable.optimizer.reload_model_params()
         self._first_step = own.manifest.step
-        return Progress(step=own.manifest.step, **own.manifest.progress)
+        return Progress(step=own.manifest.step, **begun)
 
     def after(
         self,
@@ -225,10 +236,12 @@ def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
             "set another run_dir, or remove the folder"
         )
     begun, now = (_flat(yaml.safe_load(text)) for text in (own.manifest.config, dump_run(config)))
+    fixed = FIXED
     if isinstance(config, RTORun):
         begun = NEWER | begun
+        fixed += FIXED_IF_LOGICAL if config.schedule.minibatches == "logical" else ()
     for name in sorted(begun.keys() | now.keys()):
-        free = name in (*COMPARED_BY_CONTENT, *LENGTHS) or (name.startswith(FREE) and name not in FIXED)
+        free = name in (*COMPARED_BY_CONTENT, *LENGTHS) or (name.startswith(FREE) and name not in fixed)
         if not free and begun.get(name) != now.get(name):
             raise ConfigError(
                 f"{name} is {_shown(now, name)}, but the run in {config.run_dir} began with {_shown(begun, name)}, "

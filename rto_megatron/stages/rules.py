@@ -118,9 +118,10 @@ def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:
         architecture = checkpoint.manifest.architecture_for(role.kind)
         yield from architecture_rules(config, architecture, f"the {role.name} ({checkpoint.folder})")
         if isinstance(config, RTORun):
-            own = {"policy": config.schedule.rollout, "critic": config.schedule.critic}.get(role.name)
-            if own is not None:
-                yield Rule(partial(own.check_model, architecture), "every rank holds an equal part of each matrix")
+            field = {"policy": "rollout", "critic": "critic"}.get(role.name, "")
+            if own := getattr(config.schedule, field, None):
+                check = partial(own.check_model, architecture, f"schedule.{field}")
+                yield Rule(check, "every rank holds an equal part of each matrix")
     for role in roles[1:]:
         yield Rule(
             partial(check_same_tokenizer, opened[roles[0].name], opened[role.name]),

@@ -123,14 +123,13 @@ class Samples:
         found = load_file(folder / FILE)
         lengths = found["lengths"].tolist()
         tokens, log_probs = (found[name].split(lengths) for name in ("tokens", "log_probs"))
-        for row, length in enumerate(lengths):
+        for row in range(len(lengths)):
             self.written[row] = Completion(
                 uid=row,
                 tokens=tokens[row].tolist(),
                 log_probs=log_probs[row].tolist(),
                 truncated=bool(found["truncated"][row]),
             )
-            assert length == len(self.written[row].tokens)
         sizes = [len(ids) + length for ids, length in zip(self.prompts.ids, lengths, strict=True)]
         for row, per_token in enumerate(found["per_token"].split(sizes, dim=1)):
             self.said[row] = Said(per_token.numpy(), found["per_sample"][row].numpy())

@@ -24,6 +24,7 @@ from rto_megatron.errors import NOT_PROVEN, ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import Cast, cast_of, least_ranks
 from rto_megatron.stages.child_runs import run_world
+from rto_megatron.stages.rules import size_rules
 from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
@@ -77,6 +78,8 @@ def main(path: Path | None, words: list[str]) -> int:
         raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {stage}")
     ranks = options.ranks or least_ranks(config)
     cast = cast_of(config, ranks)
+    for rule in size_rules(config, cast.policy.num_replicas):
+        rule.check()
     folder, console = config.run_dir / "verify-schedule", Console()
     shutil.rmtree(folder, ignore_errors=True)
     with writing("run_dir", folder):

@@ -86,7 +86,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+IN_LONG = [name for name, (_, _, ranks, _) in CASES.items() if ranks > 3][1:]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in IN_LONG else name for name in CASES]
+)
 def test_a_map_ends_with_the_bits_of_the_sequential_run(name, sequential, chain, tmp_path):
     world, common, ranks, own = CASES[name]
     run_ranks(train, ranks, chain, words(tmp_path / "rto", *common, *own, DELAYS), timeout=200)

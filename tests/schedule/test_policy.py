@@ -104,7 +104,7 @@ def test_groups_run_one_item_at_a_time_and_meet_in_one_order(case, timing):
 def test_responses_and_values_come_from_version_i_minus_k_and_no_other(case, timing):
     """Counted from what each group trained and was given, not from what the items say."""
     done, place = run(case, timing=timing), case.placement
-    snapshots = place.snapshots(moves=case.staleness > 0 or (case.early and not place.shares_weights))
+    snapshots = place.snapshots(moves=place.moves(staleness=case.staleness, early=case.early))
 
     def trained_before(group, role, at):
         """Optimizer steps of the role that this group had taken, in whole steps; None within one."""
@@ -126,8 +126,12 @@ def test_responses_and_values_come_from_version_i_minus_k_and_no_other(case, tim
                 assert given_before(row.group, "scorer", row.start) == item.version == wanted
             else:
                 for role in ("policy", "critic"):
-                    if getattr(place, role):
+                    if row.group in getattr(place, role):
                         assert trained_before(row.group, role, row.start) == item.version == wanted
+                    elif role == "policy":
+                        assert given_before(row.group, "engine", row.start) == item.version == wanted
+                    else:
+                        assert not place.critic
         if item.kind == "refit":
             # what is handed out is whole: all steps before it, and none after
             for role, groups in (("policy", place.policy), ("critic", place.critic)):

@@ -12,7 +12,7 @@ import torch
 
 from rto_megatron.config.load import load_run
 from tests.ranks import RanksFailed, run_ranks
-from tests.schedule.test_maps import DELAYS, LOGICAL, result, split, train, words
+from tests.schedule.test_maps import DELAYS, LANES, LOGICAL, PIPELINE, TENSOR, result, split, train, words
 from tests.stages.chain import words_of
 
 STALE = "--schedule.staleness=1"
@@ -54,9 +54,19 @@ def lagged(folder: Path, settings: list[str]) -> dict[str, torch.Tensor]:
         minibatches = [experience.rows(rows) for rows in minibatch_rows(len(rollout), config, step=step)]
         update(setup.actors, minibatches, config, setup.mesh, step=step)
         versions.append([w.detach().clone() for w in weights])
-    named = {f"policy/{n}": w for n, w in policy.named_parameters()}
-    named |= {f"critic/{n}": w for n, w in critic.named_parameters()}
-    return {name: weight.detach().clone() for name, weight in named.items()}
+    return whole({"policy": policy, "critic": critic})
+
+
+def whole(models: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Weights by name, from the pieces that all ranks hold."""
+    from rto_megatron.distributed.collectives import gather_objects
+    from rto_megatron.distributed.shards import shards
+
+    pieces = [(f"{r}/{s.name}", s.full_shape, s.slices, s.data.clone()) for r, m in models.items() for s in shards(m)]
+    found: dict[str, torch.Tensor] = {}
+    for name, shape, slices, data in (piece for part in gather_objects(pieces) for piece in part):
+        found.setdefault(name, torch.full(shape, torch.nan))[slices] = data
+    return found
 
 
 def weights_at_the_end(folder: Path, run_dir: Path) -> dict[str, torch.Tensor]:
@@ -68,13 +78,13 @@ def weights_at_the_end(folder: Path, run_dir: Path) -> dict[str, torch.Tensor]:
     from rto_megatron.models.gpt import build_model
 
     mesh, checkpoint = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0), open_checkpoint(run_dir)
-    named = {}
+    models = {}
     for role, kind in (("policy", "policy"), ("critic", "value")):
         architecture = checkpoint.manifest.models[role]
         model: Any = build_model(architecture, mesh, kind=kind, parallel=ParallelConfig(), compute=ComputeConfig())
         load_weights(model, checkpoint, role)
-        named |= {f"{role}/{name}": weight.detach().clone() for name, weight in model.named_parameters()}
-    return named
+        models[role] = model
+    return whole(models)
 
 
 def settings(run_dir: Path, *more: str) -> list[str]:
@@ -114,17 +124,36 @@ def test_staleness_1_is_the_same_on_every_map_and_under_delays(more, one_step_of
     assert result(tmp_path / "rto") == result(one_step_off)
 
 
-def train_and_die_at(chain: Path, words_: list[str], rank: int, count: int) -> None:
-    """A run one of whose ranks is killed when it begins its `count`-th item."""
+@pytest.mark.parametrize(
+    ("common", "ranks", "own"),
+    [
+        (TENSOR, 3, split(1, 0, "--schedule.rollout.tensor=1")),
+        pytest.param(TENSOR, 4, split(2, 0, "--schedule.score=all"), marks=pytest.mark.slow),
+        pytest.param(PIPELINE, 4, split(2), marks=pytest.mark.slow),
+        pytest.param(LANES, 4, split(2), marks=pytest.mark.slow),
+    ],
+)
+def test_staleness_1_is_the_lagged_loop_on_two_training_ranks(common, ranks, own, chain, tmp_path):
+    run_ranks(train, ranks, chain, settings(tmp_path / "rto", common, *own, STALE, DELAYS), timeout=200)
+    expected = run_ranks(lagged, 2, chain, settings(tmp_path / "unused", common), timeout=200)[0]
+    [found] = run_ranks(weights_at_the_end, 1, chain, tmp_path / "rto")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def train_and_die_at(chain: Path, words_: list[str], rank: int, step: int, count: int) -> None:
+    """A run one of whose ranks is killed when it begins its `count`-th item after the boundary before a step."""
     from rto_megatron.stages.interleaved import RTOWork
 
     real, begun = RTOWork.run, []
 
     def deadly(self: RTOWork, item: Any) -> Any:
-        begun.append(item)
-        if len(begun) == count and os.environ["RANK"] == str(rank):
+        begun.extend([item] if begun else [])
+        if len(begun) == 1 + count and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, item)
+        outcome = real(self, item)
+        begun.extend([item] if item.kind == "boundary" and item.step == step - 1 else [])
+        return outcome
 
     RTOWork.run = deadly  # type: ignore[method-assign]
     train(chain, words_)
@@ -147,11 +176,39 @@ def test_killed_at_random_items_it_ends_with_the_same_bits(name, chain, tmp_path
     world, own = RESUMED[name]
     rng = random.Random(name)
     straight, killed = tmp_path / "straight" / "rto", tmp_path / "killed" / "rto"
-    same = [*own, "--checkpoint.save_every=1"]
+    same = [*own, "--checkpoint.save_every=1", "--checkpoint.background=false"]
     run_ranks(train, world, chain, settings(straight, *same), timeout=200)
-    for _ in range(2):
+    for step in (1, 2):  # there is a checkpoint before each of them
         with pytest.raises(RanksFailed):
-            rank, count = rng.randrange(world), rng.randint(5, 30)
-            run_ranks(train_and_die_at, world, chain, settings(killed, *same), rank, count, timeout=200)
+            rank, count = rng.randrange(world), rng.randint(1, 6)
+            run_ranks(train_and_die_at, world, chain, settings(killed, *same), rank, step, count, timeout=200)
+        latest = killed / "checkpoints" / (killed / "checkpoints" / "latest.txt").read_text().strip()
+        assert latest.name == f"step_{step:08d}"
+        assert (latest / "samples.safetensors").exists() == (STALE in own)
     run_ranks(train, world, chain, settings(killed, *same), timeout=200)
     assert result(killed) == result(straight)
+
+
+def complaint(chain: Path, words_: list[str]) -> str:
+    """What a run that goes on refuses with."""
+    from rto_megatron.errors import UserError
+
+    with pytest.raises(UserError) as refused:
+        train(chain, words_)
+    return str(refused.value)
+
+
+def test_what_cannot_go_on_says_why(one_step_off, chain, tmp_path):
+    longer = settings(one_step_off, *split(1), STALE, f"--num_steps={STEPS + 1}", "--checkpoint.save_every=1")
+    for told in run_ranks(complaint, 2, chain, longer, timeout=200):
+        assert (
+            "holds no samples.safetensors: a run with schedule.staleness 1 that has ended cannot be made longer" in told
+        )
+    another = [LOGICAL, "--checkpoint.save_every=1"]
+    run_ranks(train, 2, chain, settings(tmp_path / "rto", *split(1), *another), timeout=200)
+    longer = settings(tmp_path / "rto", *split(2), *another, f"--num_steps={STEPS + 1}")
+    for told in run_ranks(complaint, 3, chain, longer, timeout=200):
+        assert "schedule.lanes: a step has 2 on these ranks, but the run in" in told and "began with 1" in told
+    fresh = settings(one_step_off, *split(1), "--checkpoint.save_every=1", f"--num_steps={STEPS + 1}")
+    for told in run_ranks(complaint, 2, chain, fresh, timeout=200):
+        assert "schedule.staleness is 0, but the run in" in told

@@ -22,8 +22,8 @@ from rto_megatron.schedule.emulate import Play, rehearse
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, fused, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
-from rto_megatron.schedule.simulate import Cost, Load
-from rto_megatron.schedule.trace import Row, read_trace, summarise, write_trace
+from rto_megatron.schedule.simulate import Cost
+from rto_megatron.schedule.trace import Load, Row, read_trace, summarise, write_trace
 from rto_megatron.schedule.work import Item, Sizes
 from rto_megatron.schedule.workload import Workload, seconds_per_step
 

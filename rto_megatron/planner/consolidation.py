@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from rto_megatron.schedule.rooflines import Roofline
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Load, Row
 from rto_megatron.schedule.workload import Workload
 
 KEPT = 0.2

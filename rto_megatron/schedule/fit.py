@@ -15,8 +15,7 @@ from statistics import median
 import numpy as np
 
 from rto_megatron.errors import DataError
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Load, Row
 from rto_megatron.schedule.work import Item, Kind
 
 

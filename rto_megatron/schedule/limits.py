@@ -12,7 +12,8 @@ from rto_megatron.schedule.rooflines import (
     forward_flops,
     matmul_parameters,
 )
-from rto_megatron.schedule.simulate import Cost, Load
+from rto_megatron.schedule.simulate import Cost
+from rto_megatron.schedule.trace import Load
 from rto_megatron.schedule.work import Item, Kind, StepInput
 
 CACHE_FRAC = 0.85

@@ -21,8 +21,7 @@ from typing import Any, Protocol
 from rto_megatron.schedule.links import Links
 from rto_megatron.schedule.order import Inbox
 from rto_megatron.schedule.policy import Schedule
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Load, Row
 from rto_megatron.schedule.work import Item
 
 QUIET = ("advantage", "train", "proximal")
@@ -198,25 +197,5 @@ class Loop:
             start = self._clock()
             outcome = self._work.run(item)
             end = self._clock()
-        self._write(_row(item, outcome.load, self._group, self._links.rank, start, end))
+        self._write(Row.of(item, outcome.load, group=self._group, rank=self._links.rank, start=start, end=end))
         return outcome
-
-
-def _row(item: Item, load: Load, group: int, rank: int, start: float, end: float) -> Row:
-    return Row(
-        group=group,
-        rank=rank,
-        kind=item.kind,
-        role=item.role,
-        step=item.step,
-        lane=item.lane,
-        number=item.number,
-        start=start,
-        end=end,
-        tokens=load.tokens,
-        samples=load.samples,
-        squares=load.squares,
-        num_steps=load.num_steps,
-        context=load.context,
-        num_bytes=load.num_bytes,
-    )

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.schedule.pipeline_time import stretch
 from rto_megatron.schedule.placement import RoleMap
-from rto_megatron.schedule.simulate import Load
+from rto_megatron.schedule.trace import Load
 from rto_megatron.schedule.work import Item
 
 

@@ -9,23 +9,11 @@ from collections.abc import Callable, Sequence
 from itertools import count
 
 from rto_megatron.schedule.policy import Schedule
-from rto_megatron.schedule.trace import Row
+from rto_megatron.schedule.trace import Load, Row
 from rto_megatron.schedule.work import Item
 
-Cost = Callable[[Item, "Load", int], float]
+Cost = Callable[[Item, Load, int], float]
 """(item, how much there is to do, group) -> seconds."""
-
-
-class Load:
-    """How much an item has to do, in the columns of a trace."""
-
-    def __init__(self, contexts: Sequence[int] = (), *, tokens: int | None = None, num_bytes: int = 0) -> None:
-        """One number a sample: its tokens."""
-        self.samples = len(contexts)
-        self.tokens = sum(contexts) if tokens is None else tokens
-        self.squares = sum(length * length for length in contexts)
-        self.num_steps = self.context = 0
-        self.num_bytes = num_bytes
 
 
 class Responses:
@@ -89,7 +77,7 @@ def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: f
             ended, load = responses.write(item) if writes else ({}, responses.load(item))
             seconds = [cost(item, load, member) for member in item.groups]
             end = now + max(seconds)
-            rows += [_row(item, load, member, now, end) for member in item.groups]
+            rows += [Row.of(item, load, group=member, start=now, end=end) for member in item.groups]
             heapq.heappush(events, (end + latency, next(order), item, item.groups, ended))
         if not events:
             raise AssertionError(
@@ -105,27 +93,4 @@ def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: f
 def replay(rows: Sequence[Row]) -> Cost:
     """The cost that each item had in a trace."""
     seconds = {row.key: row.seconds for row in rows}
-    return lambda item, load, group: seconds[(group, *_names(item))]
-
-
-def _names(item: Item) -> tuple:
-    return item.kind, item.step, item.lane, item.number, item.role
-
-
-def _row(item: Item, load: Load, group: int, start: float, end: float) -> Row:
-    return Row(
-        group=group,
-        kind=item.kind,
-        role=item.role,
-        step=item.step,
-        lane=item.lane,
-        number=item.number,
-        start=start,
-        end=end,
-        tokens=load.tokens,
-        samples=load.samples,
-        squares=load.squares,
-        num_steps=load.num_steps,
-        context=load.context,
-        num_bytes=load.num_bytes,
-    )
+    return lambda item, load, group: seconds[(group, *item.key)]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.errors import ConfigError, DataError
-from rto_megatron.schedule.work import KINDS, Kind
+from rto_megatron.schedule.work import KINDS, Item, Kind
 
 LETTERS: dict[Kind, str] = {
     "prefill": "p",
@@ -27,6 +27,18 @@ TOGETHER: tuple[Kind, ...] = ("proximal", "optimizer", "refit", "boundary")
 """Kinds whose items several groups do together; each does items of other kinds by itself."""
 LONGEST = 1e9
 """Seconds; a run is over after 30 years, NaN and infinity are not below."""
+
+
+class Load:
+    """How much an item has to do, in the columns of a trace."""
+
+    def __init__(self, contexts: Sequence[int] = (), *, tokens: int | None = None, num_bytes: int = 0) -> None:
+        """One number a sample: its tokens."""
+        self.samples = len(contexts)
+        self.tokens = sum(contexts) if tokens is None else tokens
+        self.squares = sum(length * length for length in contexts)
+        self.num_steps = self.context = 0
+        self.num_bytes = num_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +71,27 @@ class Row:
     """Sum over decode steps and samples of the tokens that were attended to."""
     num_bytes: int = 0
     """That were received (refit); 0 on ranks that only send."""
+
+    @classmethod
+    def of(cls, item: Item, load: Load, *, group: int, start: float, end: float, rank: int = -1) -> "Row":
+        """Of an item that a group, or one of its ranks, has run."""
+        return cls(
+            group=group,
+            rank=rank,
+            kind=item.kind,
+            role=item.role,
+            step=item.step,
+            lane=item.lane,
+            number=item.number,
+            start=start,
+            end=end,
+            tokens=load.tokens,
+            samples=load.samples,
+            squares=load.squares,
+            num_steps=load.num_steps,
+            context=load.context,
+            num_bytes=load.num_bytes,
+        )
 
     @property
     def key(self) -> tuple:

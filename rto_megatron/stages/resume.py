@@ -128,8 +128,8 @@ class Checkpoints:
         begun: dict[str, Any] = own.manifest.progress
         if progress.lanes != begun.get("lanes"):
             raise ConfigError(
-                f"schedule.lanes: a step has {progress.lanes} on these ranks, but the run in {self.config.run_dir} began "
-                f"with {begun['lanes']}, which decide its logical minibatches; set schedule.lanes to that"
+                f"schedule.lanes: a step has {progress.lanes} on these ranks, but the run in {self.config.run_dir} "
+                f"began with {begun['lanes']}, which decide its logical minibatches; set schedule.lanes to that"
             )
         for role, trainable in self.trained.items():
             load_weights(trainable.model if trainable else None, own, role)

@@ -14,8 +14,7 @@ from rto_megatron.planner.told import timed
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, split
 from rto_megatron.schedule.rooflines import GPUS, MODELS, Layout, Roofline
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import TOGETHER, Row, read_trace, write_trace
+from rto_megatron.schedule.trace import TOGETHER, Load, Row, read_trace, write_trace
 from rto_megatron.schedule.work import Item, Sizes
 from rto_megatron.schedule.workload import Workload
 from tests.stages.chain import words_of

@@ -9,8 +9,7 @@ import pytest
 
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, fused, split
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import Row, read_trace, summarise, write_trace
+from rto_megatron.schedule.trace import Load, Row, read_trace, summarise, write_trace
 from rto_megatron.schedule.work import Item, Sizes
 from rto_megatron.schedule.workload import Workload
 

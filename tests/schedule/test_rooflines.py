@@ -18,8 +18,7 @@ from rto_megatron.schedule.rooflines import (
     cache_bytes_per_token,
     matmul_parameters,
 )
-from rto_megatron.schedule.simulate import Load
-from rto_megatron.schedule.trace import summarise
+from rto_megatron.schedule.trace import Load, summarise
 from rto_megatron.schedule.work import Item, Sizes
 from rto_megatron.schedule.workload import Workload, dealt, padding, seconds_per_step, steady
 

@@ -54,8 +54,8 @@ class Rank:
     writes: bool
     scores: bool
     trains: tuple[str, ...]
-    snapshot: bool
-    """Whether it keeps policy and critic as they were when the responses were written."""
+    copies: tuple[str, ...]
+    """Of policy and critic, those that it keeps as they were when the responses were written, to score with."""
 
     @property
     def name(self) -> str:
@@ -68,13 +68,12 @@ class Rank:
 def ranks_of(setting: Setting) -> list[Rank]:
     """The kinds of ranks that a map has."""
     place, names = setting.placement, {model.name for model in setting.models}
-    snapshots = place.snapshots(moves=setting.moves)
     kinds = [
         Rank(
             writes=group in place.engines,
             scores=group in place.scorers,
             trains=tuple(name for name in LEARN if name in names and group in getattr(place, name)),
-            snapshot=group in snapshots,
+            copies=tuple(n for n in LEARN if n in names and place.needs_copy(group, n, moves=setting.moves)),
         )
         for group in place.groups
     ]
@@ -87,7 +86,7 @@ def always(setting: Setting, rank: Rank) -> dict[str, float]:
     for model in setting.models:
         if model.name in rank.trains or (rank.scores and model.name not in LEARN):
             parts[model.name] = _bytes(setting, rank, model)
-        if rank.snapshot and model.name in LEARN:
+        if model.name in rank.copies:
             parts[f"{model.name} snapshot"] = _bytes(setting, rank, replace(model, optimizer=None))
     own = "policy" in rank.trains and _cut(setting.engine) == _cut(setting.train)
     if rank.writes and not own:

@@ -92,7 +92,8 @@ def what_binds(found: Timed, alone: float) -> str:
         "writing responses": phases["prefill"] + phases["decode"],
         "scoring": phases["score"] + phases["proximal"],
         "training": phases["train"],
-        "communication of gradients and weights": phases["optimizer"] + phases["refit"] + phases["boundary"],
+        "communication of gradients and weights": phases["optimizer"] + phases["refit"],
+        "step boundaries: evaluation, checkpoints, swaps": phases["boundary"],
         "waiting": found.idle,
     }
     largest = max(shares, key=lambda name: shares[name])

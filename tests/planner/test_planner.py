@@ -130,6 +130,10 @@ def test_each_kind_of_rank_holds_what_it_needs_and_no_more():
     assert rollout["writes, scores"]["score"] == FROZEN | COPIES | {"engine", "cache", "activations"}
     assert rollout["trains policy"] == {"train": {"policy", "libraries", "activations"}}
     assert rollout["trains critic"] == {"train": {"critic", "libraries", "activations"}}
+    own_critic = kinds(split(1, 1, 1))  # where nothing moves, who trains or writes with a policy needs no copy of it
+    assert own_critic["scores, trains policy"]["score"] == FROZEN | {"policy", "critic snapshot", "activations"}
+    drained = kinds(split(1, 1, 1, score="rollout"))
+    assert drained["writes, scores"]["score"] == FROZEN | {"engine", "critic snapshot", "cache", "activations"}
 
 
 def test_means_are_over_ranks_and_not_over_groups():

@@ -84,9 +84,9 @@ class ScheduleConfig:
                 ("score", "train"),
                 ("staleness", 0),
             ):
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"schedule.{name} needs schedule.map split, got {getattr(self, name)} with {self.map}"
-                    )
+                value = getattr(self, name)
+                if value != default:
+                    got = "a layout" if isinstance(value, ParallelConfig) else value
+                    raise ValueError(f"schedule.{name} needs schedule.map split, got {got} with {self.map}")
         if self.critic is not None and self.critic_ranks == 0:
             raise ValueError("schedule.critic needs schedule.critic_ranks of 1 or more, got 0")

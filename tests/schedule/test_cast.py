@@ -77,6 +77,7 @@ def test_what_cannot_be_dealt_out_is_the_users_mistake(words, world, message):
     ("words", "message"),
     [
         (["--schedule.map=split"], "schedule.rollout_ranks must be 1 or more with schedule.map split, got 0"),
+        (["--schedule.rollout.tensor=2"], "schedule.rollout needs schedule.map split, got a layout with sequential"),
         (["--schedule.rollout_ranks=1"], "schedule.rollout_ranks needs schedule.map split, got 1 with sequential"),
         (
             ["--schedule.map=fused", "--schedule.staleness=1"],

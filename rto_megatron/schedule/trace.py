@@ -1,15 +1,12 @@
 """What ran when: rows of a trace, and what they add up to."""
 
 import json
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
-from rto_megatron.errors import ConfigError, DataError
+from rto_megatron.errors import DataError
 from rto_megatron.schedule.work import KINDS, Item, Kind
 
 LETTERS: dict[Kind, str] = {
@@ -269,57 +266,3 @@ def _row(path: Path, number: int, line: bytes) -> Row:
     if row.end < row.start:
         raise DataError(f"{path}:{number}: end must not be before start {row.start}, got {row.end}")
     return row
-
-
-class TraceFile:
-    """Where a rank writes its rows as it runs, and the clock that they go by."""
-
-    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
-        """Open for appending: a run that goes on adds to what it has written."""
-        self.clock, self._path = clock, path
-        with _writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
-
-    def write(self, row: Row) -> None:
-        """Add a row.
-
-        Raises:
-            ConfigError: the file cannot be written.
-        """
-        with _writing(self._path):
-            self._file.write(json.dumps(asdict(row)) + "\n")
-
-    def close(self) -> None:
-        """Nothing more comes."""
-        self._file.close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {path.parents[1]}: {path.relative_to(path.parents[1])} cannot be written "
-            f"({error.strerror or error}); free the disk, or set another run_dir"
-        ) from None
-
-
-@contextmanager
-def trace_file(run_dir: Path, rank: int, gather: Callable[[Any], list[Any]]) -> Iterator[TraceFile]:
-    """RUN_DIR/trace/rank_R.jsonl of this rank. Every rank calls; all clocks show seconds since this start of the run.
-
-    Ranks of different machines agree as well as these machines' clocks do.
-
-    Args:
-        gather: tells every rank's object to every rank.
-    """
-    folder = run_dir / "trace"
-    start = gather(time.time())[0]
-    base = time.perf_counter() - (time.time() - start)
-    trace = TraceFile(folder / f"rank_{rank:05d}.jsonl", lambda: time.perf_counter() - base)
-    try:
-        yield trace
-    finally:
-        trace.close()

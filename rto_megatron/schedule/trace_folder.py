@@ -1,10 +1,15 @@
-"""The trace of a run: the files of all its ranks, cut into the starts of the run."""
+"""The trace of a run: the files that its ranks write, and all of them read, cut into the starts of the run."""
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from rto_megatron.errors import DataError
+from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.schedule.trace import Row, meet, of_leaders, read_rows
 
 
@@ -104,3 +109,57 @@ def _places(own: Sequence[int], every: Sequence[int]) -> list[int]:
         end = max((k for k in range(i, end) if every[k] <= own[i]), default=end - 1)
         places.append(end)
     return places[::-1]
+
+
+class TraceFile:
+    """Where a rank writes its rows as it runs, and the clock that they go by."""
+
+    def __init__(self, path: Path, clock: Callable[[], float]) -> None:
+        """Open for appending: a run that goes on adds to what it has written."""
+        self.clock, self._path = clock, path
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
+
+    def write(self, row: Row) -> None:
+        """Add a row.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        with _writing(self._path):
+            self._file.write(json.dumps(asdict(row)) + "\n")
+
+    def close(self) -> None:
+        """Nothing more comes."""
+        self._file.close()
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir {path.parents[1]}: {path.relative_to(path.parents[1])} cannot be written "
+            f"({error.strerror or error}); free the disk, or set another run_dir"
+        ) from None
+
+
+@contextmanager
+def trace_file(run_dir: Path, rank: int, gather: Callable[[Any], list[Any]]) -> Iterator[TraceFile]:
+    """RUN_DIR/trace/rank_R.jsonl of this rank. Every rank calls; all clocks show seconds since this start of the run.
+
+    Ranks of different machines agree as well as these machines' clocks do.
+
+    Args:
+        gather: tells every rank's object to every rank.
+    """
+    folder = run_dir / "trace"
+    start = gather(time.time())[0]
+    base = time.perf_counter() - (time.time() - start)
+    trace = TraceFile(folder / f"rank_{rank:05d}.jsonl", lambda: time.perf_counter() - base)
+    try:
+        yield trace
+    finally:
+        trace.close()

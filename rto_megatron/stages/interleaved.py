@@ -14,7 +14,7 @@ from rto_megatron.schedule.links import connect
 from rto_megatron.schedule.loop import Disturbance, Loop
 from rto_megatron.schedule.pace import Pace
 from rto_megatron.schedule.policy import Schedule
-from rto_megatron.schedule.trace import trace_file
+from rto_megatron.schedule.trace_folder import trace_file
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
 from rto_megatron.stages.players import load_players

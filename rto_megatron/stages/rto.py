@@ -128,8 +128,9 @@ def roll_out(setup: Setup, config: RTORun, *, step: int) -> Rollout:
     samples = Samples(config, setup.prompts, setup.actors.tokenizer, step=step)
     model = setup.actors.policy.model
     engine, requests = make_engine(model, config.rollout, eos_id=setup.actors.tokenizer.eos_id), samples.requests()
+    prompt_tokens = [len(request.prompt) for request in requests]
     for number in _lanes(setup):
-        lane = Lane(setup.sizes, samples.known().prompt_tokens, step=step, number=number)
+        lane = Lane(setup.sizes, prompt_tokens, step=step, number=number)
         batch = engine.batch([requests[row] for row in setup.sizes.rows(number)])
         while (now := lane.upcoming()) is not None:
             ended = make_pass(batch, now, requests)
@@ -164,12 +165,13 @@ def learn(
 
     with clock.phase("advantage"):
         experience, credit = experience_of()
-        minibatches = [experience.rows(rows) for rows in minibatch_rows(len(rollout), config, step=step)]
         if config.schedule.minibatches == "logical":
             lanes = range(setup.sizes.lanes)
             _, order = written_out(setup.sizes, *lengths_of(rollout), step=step, lanes=lanes)
-            numbers = minibatch_rows(len(rollout), config, step=step, order=order)
-            minibatches = [experience_of(rows)[0] for rows in numbers]
+            in_order = minibatch_rows(len(rollout), config, step=step, order=order)
+            minibatches = [experience_of(rows)[0] for rows in in_order]
+        else:
+            minibatches = [experience.rows(rows) for rows in minibatch_rows(len(rollout), config, step=step)]
     with clock.phase("update"):
         updates = update(setup.actors, minibatches, config, setup.mesh, step=step)
     return Step(rollout=rollout, signals=signals, experience=experience, credit=credit, updates=updates)

@@ -28,8 +28,8 @@ def launch(num_ranks: int, *words: str) -> None:
             sys.exit(f"{' '.join(command)} ended with {done.returncode}\n{log.read()[-4000:]}")
 
 
-def machine() -> dict[str, Any]:
-    """Processor, its load, and versions."""
+def machine(*packages: str) -> dict[str, Any]:
+    """Processor, its load, and versions: of torch, megatron-core and `packages`."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
@@ -38,7 +38,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average_before": os.getloadavg(),
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "megatron-core")},
+        **{name: version(name) for name in ("torch", "megatron-core", *packages)},
     }
 
 
@@ -52,4 +52,16 @@ def save(name: str, found: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"written to {path}")
+
+
+def save_table(name: str, header: Sequence[str], rows: Sequence[str], where: dict[str, Any]) -> None:
+    """As benchmarks/results/NAME.md, with the machine below."""
+    versions = ", ".join(
+        f"{key} {value}" for key, value in where.items() if isinstance(value, str) and key != "processor"
+    )
+    load = where["load_average_before"][0]
+    about = f"{where['processor']}, {where['cores']} cores, load average before: {load:.2f}; {versions}"
+    path = RESULTS / f"{name}.md"
+    path.write_text("\n".join([*header, *rows, "", f"By `python -m benchmarks.{name}` on {about}.", ""]))
     print(f"written to {path}")

@@ -15,11 +15,13 @@ class ParallelConfig:
     """Ranks that share each matrix."""
     pipeline: int = 1
     """Ranks that share the layers."""
+    context: int = 1
+    """Ranks that share the tokens of each sequence in training and scoring; while generating they do the same work."""
     sequence: bool = False
     """Cut norms and residuals over the tensor ranks too; needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline"):
+        for name in ("tensor", "pipeline", "context"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be 1 or more, got {getattr(self, name)}")
         if self.sequence and self.tensor == 1:
@@ -27,15 +29,26 @@ class ParallelConfig:
                 "parallel.sequence needs parallel.tensor > 1, got tensor 1; set parallel.sequence to false"
             )
 
+    @property
+    def replica(self) -> int:
+        """Ranks that hold one copy of a model."""
+        return self.tensor * self.context * self.pipeline
+
+    @property
+    def sizes(self) -> str:
+        """The axes of a replica, for messages; the context axis where it is cut."""
+        context = f"context {self.context} x " if self.context > 1 else ""
+        return f"tensor {self.tensor} x {context}pipeline {self.pipeline}"
+
     def data(self, world: int) -> int:
         """Data-parallel size in a world of that many ranks."""
-        if world % (self.tensor * self.pipeline):
+        if world % self.replica:
+            fields = " x ".join(f"parallel.{size}" for size in self.sizes.split(" x "))
             raise ConfigError(
-                f"parallel.tensor {self.tensor} x parallel.pipeline {self.pipeline} does not divide the {world} "
-                "ranks that were started; start a multiple of "
-                f"{self.tensor * self.pipeline} (torchrun --nproc-per-node)"
+                f"{fields} does not divide the {world} ranks that were started; start a multiple of {self.replica} "
+                "(torchrun --nproc-per-node)"
             )
-        return world // (self.tensor * self.pipeline)
+        return world // self.replica
 
     def check_model(self, model: ModelConfig, name: str = "parallel") -> None:
         """Raise ConfigError unless the layout, the setting `name`, divides the model."""

@@ -168,6 +168,11 @@ PATCHES: tuple[Patch, ...] = (
             ("utils.py:1207", 'device="cuda"', "the sum of squares in a gradient norm"),
             ("optimizer/clip_grads.py:90", "device='cuda'", "the gradient norm"),
             ("transformer/utils.py:35", 'device="cuda"', "the causal mask, where none is passed"),
+            (
+                "models/common/embeddings/rope_utils.py:62",
+                "cp_idx = torch.tensor(",
+                "which rotary angles a context rank has: pinned on the way to a GPU",
+            ),
             ("dist_checkpointing/exchange_utils.py:110", 'device="cuda"', "a load that ranks share"),
             ("dist_checkpointing/strategies/state_dict_saver.py:204", "device='cuda'", "a save that reuses its plan"),
         )

@@ -57,7 +57,8 @@ def seed_cpu(seed: int) -> None:
 
 
 class TorchForMegatron(ModuleType):
-    """The torch module as some Megatron files see it: its factories make CPU tensors where 'cuda' is asked for.
+    """The torch module as some Megatron files see it: its factories make CPU tensors where 'cuda' is asked for, or
+    memory that a GPU reads from.
 
     Put into those files' globals, so that `torch.zeros` of everybody else stays torch's own.
     """
@@ -76,6 +77,7 @@ def _on_cpu(factory: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def make(*args: Any, **kwargs: Any) -> Tensor:
         if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return make

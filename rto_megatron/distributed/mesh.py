@@ -38,6 +38,8 @@ class Mesh:
     """Ranks that share each matrix."""
     pipeline: Axis
     """Ranks that share the layers, first stage first."""
+    context: Axis
+    """Ranks that hold the same weights and different columns of the same rows."""
     data: Axis
     """Ranks that hold the same weights and different rows."""
     runtime: Runtime
@@ -59,10 +61,10 @@ class Mesh:
 
 
 def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh:
-    """Cut the whole world into tensor x pipeline x data ranks and seed Megatron's random streams.
+    """Cut the whole world into tensor x context x data x pipeline ranks and seed Megatron's random streams.
 
     Raises:
-        ConfigError: tensor x pipeline does not divide the world, or the seed is out of range.
+        ConfigError: a replica's ranks do not divide the world, or the seed is out of range.
     """
     check_seed(seed)
     num_data = parallel.data(world_size())
@@ -73,15 +75,15 @@ def build_mesh(parallel: ParallelConfig, runtime: Runtime, *, seed: int) -> Mesh
 
 
 def role_mesh(parallel: ParallelConfig, runtime: Runtime, *, ranks: range) -> Mesh | None:
-    """Cut some ranks of the world into tensor x pipeline x data ranks; None on the others.
+    """Cut some ranks of the world into tensor x context x data x pipeline ranks; None on the others.
 
     Roles on ranks of their own get a mesh each. All ranks of the world must ask for the same meshes in the same
     order. Who asks for one again gets the same groups: every gloo group keeps threads until the process ends.
 
     Raises:
-        ConfigError: tensor x pipeline does not divide the number of ranks.
+        ConfigError: a replica's ranks do not divide their number.
     """
-    key = parallel.tensor, parallel.pipeline, ranks
+    key = parallel.tensor, parallel.context, parallel.pipeline, ranks
     if key not in _made:
         _made[key] = _make_groups(parallel, ranks)
     groups = _made[key]
@@ -90,32 +92,37 @@ def role_mesh(parallel: ParallelConfig, runtime: Runtime, *, ranks: range) -> Me
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # sequence parallelism gathers into it, whatever the groups
         parallel_state._set_global_memory_buffer()
     return Mesh(
-        groups=groups, tensor=_axis(groups.tp), pipeline=_axis(groups.pp), data=_axis(groups.dp), runtime=runtime
+        groups=groups,
+        tensor=_axis(groups.tp),
+        pipeline=_axis(groups.pp),
+        context=_axis(groups.cp),
+        data=_axis(groups.dp),
+        runtime=runtime,
     )
 
 
-_made: dict[tuple[int, int, range], ProcessGroupCollection | None] = {}
-"""(tensor, pipeline, ranks) -> this rank's groups of that grid."""
+_made: dict[tuple[int, int, int, range], ProcessGroupCollection | None] = {}
+"""(tensor, context, pipeline, ranks) -> this rank's groups of that grid."""
 
 
 def _make_groups(parallel: ParallelConfig, ranks: range) -> ProcessGroupCollection | None:
     """Every group that Megatron's models, DDP, optimizer and schedules ask a collection for.
 
-    In its default order: tensor ranks are neighbours, pipeline stages farthest apart.
+    In its default order: tensor ranks are neighbours, then context ranks, pipeline stages farthest apart.
     """
-    shape = [parallel.tensor, 1, parallel.data(len(ranks)), parallel.pipeline]
-    names = ["tp", "cp", "dp", "pp"]
+    shape = [1, parallel.tensor, parallel.context, parallel.data(len(ranks)), parallel.pipeline]
+    names = ["alone", "tp", "cp", "dp", "pp"]  # the first for ranks that have an axis to themselves
     grid = HyperCommGrid(shape, names, rank_offset=ranks.start)
-    made: dict[tuple[str, ...], Any] = {(): grid.create_pg("cp")}  # each rank alone
+    made: dict[tuple[str, ...], Any] = {}
 
     def over(*axes: str) -> dist.ProcessGroup | None:
         wide = tuple(name for name, size in zip(names, shape, strict=True) if size > 1 and name in axes)
         if wide not in made:
-            made[wide] = grid.create_pg(list(wide))
+            made[wide] = grid.create_pg(list(wide) or ["alone"])
         return made[wide]
 
-    alone, tensor, pipeline, data = made[()], over("tp"), over("pp"), over("dp")
-    model, whole = over("tp", "pp"), over("tp", "dp", "pp")
+    alone, tensor, context, pipeline, data = over(), over("tp"), over("cp"), over("pp"), over("dp")
+    model, copies, whole = over("tp", "pp"), over("cp", "dp"), over("tp", "cp", "dp", "pp")
     stages = grid.get_rank_enum("pp")
     ends = alone
     if parallel.pipeline > 1:  # first and last stage share the embedding's gradient
@@ -126,14 +133,14 @@ def _make_groups(parallel: ParallelConfig, ranks: range) -> ProcessGroupCollecti
         tp=tensor,
         pp=pipeline,
         dp=data,
-        cp=alone,
+        cp=context,
         mp=model,
         embd=ends,
         pos_embd=alone if dist.get_rank() in {line[0] for line in stages} else None,
-        tp_cp=tensor,
-        dp_cp=data,
-        intra_dp_cp=data,
-        tp_dp_cp=over("tp", "dp"),
+        tp_cp=over("tp", "cp"),
+        dp_cp=copies,
+        intra_dp_cp=copies,
+        tp_dp_cp=over("tp", "cp", "dp"),
         intra_dist_opt=whole,
         inter_dist_opt=None,
         # there are no experts: each of their axes is one rank wide, and what is left of it is data parallel
@@ -141,8 +148,8 @@ def _make_groups(parallel: ParallelConfig, ranks: range) -> ProcessGroupCollecti
         expt_tp=tensor,
         tp_ep=tensor,
         tp_ep_pp=model,
-        expt_dp=data,
-        intra_expt_dp=data,
+        expt_dp=copies,
+        intra_expt_dp=copies,
     )
 
 

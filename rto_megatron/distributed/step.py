@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rto_megatron.algorithms.sequences import position_ids
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
+from rto_megatron.distributed.context import column_multiple
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.stream import Part, run_stream
@@ -197,9 +198,9 @@ def finish(trainable: Trainable, sums: Tensor, mesh: Mesh, *, lr: float) -> Step
 
 
 def _micros(batch: Batch, cuts: Sequence[list[int]], models: Sequence[MegatronModule]) -> list[Any]:
-    """Each microbatch, as wide as its longest row; sequence parallelism cuts that width over the tensor ranks."""
-    widths = [m.config.tensor_model_parallel_size if m.config.sequence_parallel else 1 for m in models]
-    return [batch.rows(rows, multiple=max(widths)) for rows in cuts]
+    """Each microbatch, as wide as its longest row, and so that every rank has as much of that width."""
+    multiple = max(column_multiple(model.config) for model in models)
+    return [batch.rows(rows, multiple=multiple) for rows in cuts]
 
 
 def _forward_step(forward: Forward, loss: Loss | None) -> Callable[..., tuple[Tensor, Callable]]:

@@ -79,10 +79,11 @@ class Part:
     forward_step: Callable[..., tuple[Tensor, Callable]]
     """As Megatron's schedules take it: iterator over microbatches and model -> output, function of the output."""
 
-    def shape_on_the_wire(self, micro: int, num_tensor: int) -> tuple[int, int, int]:
-        """[T, B, hidden] of a microbatch's hidden states; under sequence parallelism this rank's share of T."""
+    def shape_on_the_wire(self, micro: int) -> tuple[int, int, int]:
+        """[T, B, hidden] of a microbatch's hidden states, T of this rank's share."""
         config, (num_rows, width) = get_model_config(self.model), self.micros[micro].tokens.shape
-        return width // num_tensor if config.sequence_parallel else width, num_rows, config.hidden_size
+        num_tensor = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        return width // (num_tensor * config.context_parallel_size), num_rows, config.hidden_size
 
 
 def run_stream(
@@ -155,7 +156,7 @@ def _exchange(
     group, stage, operations, arriving = mesh.pipeline.group, mesh.pipeline.rank, [], None
     if exchange.send is not None:
         number, micro = order[exchange.send.place]
-        agreed = parts[number].shape_on_the_wire(micro, mesh.tensor.size)
+        agreed = parts[number].shape_on_the_wire(micro)
         assert result is not None and tuple(result.shape) == agreed, f"{exchange.send}: agreed on {agreed}"
         # contiguous: gloo sends wrong numbers for other strides, and gradients may have any
         peer = stage + 1 if exchange.send.kind == "F" else stage - 1
@@ -163,7 +164,7 @@ def _exchange(
     if exchange.receive is not None:
         number, micro = order[exchange.receive.place]
         arriving = torch.empty(
-            parts[number].shape_on_the_wire(micro, mesh.tensor.size),
+            parts[number].shape_on_the_wire(micro),
             dtype=get_model_config(parts[number].model).pipeline_dtype,
             device=mesh.device,
         )

@@ -2,12 +2,15 @@
 
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
+
+from rto_megatron.distributed.context import chunks_of, keys_of_all
 
 
 class GroupedAttention(SelfAttention):
@@ -41,6 +44,8 @@ class CausalAttention(MegatronModule):
     Causal and without a mask: rows are padded on the right, so padding is never attended to by a
     real token. Megatron's own local attention keeps `[heads, T, T]` scores and reads the global
     parallel state; this one does neither.
+
+    Of context ranks each has the queries of its own two chunks of the rows, and fetches the keys and values of all.
     """
 
     def __init__(
@@ -48,12 +53,35 @@ class CausalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.tp_group = pg_collection.tp  # else Megatron's checkpoints ask the global parallel state
+        self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]."""
+        """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]; T of this context rank's columns."""
+        group = self.context_group
+        if group.size() == 1:
+            out = self._attend(query, key, value)
+        else:
+            key, value = keys_of_all(torch.stack((key, value)), group, dim=1)
+            size, chunks = query.shape[0] // 2, chunks_of(group.rank(), group.size())
+            ends = [size * (number + 1) for number in chunks]  # nobody looks at what comes later
+            parts = zip(query.split(size), ends, strict=True)
+            out = torch.cat([self._attend(own, key[:end], value[:end]) for own, end in parts])
+        return out.flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[t, B, heads, d], [T, B, kv heads, d] twice -> [t, B, heads, d]; the queries are the last t of T tokens."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        num_before, mask = key.shape[2] - query.shape[2], None
+        if num_before:  # torch counts from the first token of both
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril(num_before)
         out = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=query.shape[1] != key.shape[1]
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
-        return out.permute(2, 0, 1, 3).flatten(2)
+        return out.permute(2, 0, 1, 3)

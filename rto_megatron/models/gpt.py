@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.distributed.context import own_columns, whole_rows
 from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.models.attention import CausalAttention, GroupedAttention
@@ -41,34 +42,43 @@ class PolicyModel(GPTModel):
     """Ids that have probability 0 in sampling and in log-probs alike: the pad id."""
     max_length: int
 
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
+        """Embeddings and rotary angles of this context rank's columns of [B, T] ids and positions."""
+        ids, positions = (own_columns(x, self.pg_collection.cp, dim=1) for x in (input_ids, position_ids))
+        return super()._preprocess(ids, positions, **options)
+
     def _postprocess(
         self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any
     ) -> Tensor:
         """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
 
-        Only positions that predict a token of `loss_mask` [B, T] go through the output layer.
+        Only positions that predict a token of `loss_mask` [B, T] go through the output layer, each on the context rank
+        that has it; the result is the same on all of them.
         """
         if not self.post_process or loss_mask is None:
             return super()._postprocess(hidden_states=hidden_states, input_ids=input_ids, loss_mask=loss_mask, **rest)
-        group = self.pg_collection.tp
+        group, context = self.pg_collection.tp, self.pg_collection.cp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        # the one shift between logits and tokens on the Megatron path: column t is predicted by t - 1
-        predicted = loss_mask[:, 1:]
+        # the one shift between logits and tokens on the Megatron path: column t is predicted by t - 1. Of whole rows,
+        # because the next token may be another context rank's
+        following = (F.pad(x[:, 1:], (0, 1)) for x in (loss_mask, input_ids))
+        predicts, labels = (own_columns(x, context, dim=1) for x in following)
         scored = linear_log_probs(
-            hidden[:-1].transpose(0, 1)[predicted],
+            hidden.transpose(0, 1)[predicts],
             self.output_weight(),
-            input_ids[:, 1:][predicted],
+            labels[predicts],
             group=group,
             vocab_size=self.true_vocab,
             temperature=self.temperature,
             chunk=self.log_prob_chunk,
             banned_ids=self.banned_ids,
         )
-        out = hidden.new_zeros(*predicted.shape, 2, dtype=torch.float32)
-        return F.pad(out.index_put(predicted.nonzero(as_tuple=True), scored), (0, 0, 1, 0))
+        out = hidden.new_zeros(*predicts.shape, 2, dtype=torch.float32)
+        out = out.index_put(predicts.nonzero(as_tuple=True), scored)
+        return F.pad(whole_rows(out, context, dim=1)[:, :-1], (0, 0, 1, 0))
 
     def output_weight(self) -> Tensor:
         """This rank's rows of the output layer, [padded vocabulary / tensor ranks, hidden]."""
@@ -152,6 +162,8 @@ def transformer_config(
         bf16=compute.dtype == "bfloat16",
         tensor_model_parallel_size=mesh.tensor.size,
         pipeline_model_parallel_size=mesh.pipeline.size,
+        context_parallel_size=mesh.context.size,
+        cp_comm_type="p2p",  # of Transformer Engine: a ring, on which keys and values never lie whole
         sequence_parallel=parallel.sequence,
         # our losses are divided by their count beforehand: gradients are summed, never averaged
         calculate_per_token_loss=True,

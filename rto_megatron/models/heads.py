@@ -12,6 +12,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
+from rto_megatron.distributed.context import own_columns, whole_rows
+
 
 class ScalarHead(MegatronModule):
     """hidden -> 1, in float32, the same weights on every tensor rank."""
@@ -63,9 +65,16 @@ class ScalarModel(GPTModel):
             del self.output_layer
             self.value_head = ScalarHead(self.config, self.pg_collection.tp)
 
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
+        """Embeddings and rotary angles of this context rank's columns of [B, T] ids and positions."""
+        ids, positions = (own_columns(x, self.pg_collection.cp, dim=1) for x in (input_ids, position_ids))
+        return super()._preprocess(ids, positions, **options)
+
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Hidden states of the last stage -> [B, T] head outputs; column t is read after token t."""
-        return self.value_head(hidden_states) if self.post_process else hidden_states
+        if not self.post_process:
+            return hidden_states
+        return whole_rows(self.value_head(hidden_states), self.pg_collection.cp, dim=1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -19,15 +19,15 @@ class Troupe:
     @property
     def num_replicas(self) -> int:
         """Copies of the model."""
-        return len(self.ranks) // (self.parallel.tensor * self.parallel.pipeline)
+        return len(self.ranks) // self.parallel.replica
 
     def replica(self, number: int) -> tuple[int, ...]:
         """Ranks of one copy, its first pipeline stage first: tensor ranks are neighbours, stages farthest apart."""
-        t, d = self.parallel.tensor, self.num_replicas
+        stage_ranks, d = self.parallel.tensor * self.parallel.context, self.num_replicas
         return tuple(
-            self.ranks.start + tensor + t * (number + d * stage)
+            self.ranks.start + place + stage_ranks * (number + d * stage)
             for stage in range(self.parallel.pipeline)
-            for tensor in range(t)
+            for place in range(stage_ranks)
         )
 
 
@@ -67,7 +67,7 @@ class Cast:
 
 
 def _span(troupe: Troupe) -> str:
-    layout = f"tensor {troupe.parallel.tensor} x pipeline {troupe.parallel.pipeline} x data {troupe.num_replicas}"
+    layout = f"{troupe.parallel.sizes} x data {troupe.num_replicas}"
     return f"{troupe.ranks.start}-{troupe.ranks.stop - 1} ({layout})"
 
 
@@ -114,7 +114,7 @@ def cast_of(config: RTORun, world: int) -> Cast:
 def least_ranks(config: RTORun) -> int:
     """The fewest ranks that the config can run on: one replica that trains, and what it asks for beside it."""
     plan = config.schedule
-    return config.parallel.tensor * config.parallel.pipeline + plan.rollout_ranks + plan.critic_ranks
+    return config.parallel.replica + plan.rollout_ranks + plan.critic_ranks
 
 
 def sizes_of(config: RTORun, cast: Cast) -> Sizes:
@@ -134,11 +134,9 @@ def sizes_of(config: RTORun, cast: Cast) -> Sizes:
 
 
 def _troupe(name: str, parallel: ParallelConfig, ranks: range) -> Troupe:
-    size = parallel.tensor * parallel.pipeline
-    if len(ranks) % size:
+    if len(ranks) % parallel.replica:
         raise ConfigError(
-            f"{name}: tensor {parallel.tensor} x pipeline {parallel.pipeline} does not divide its {len(ranks)} ranks; "
-            f"give it a multiple of {size}"
+            f"{name}: {parallel.sizes} does not divide its {len(ranks)} ranks; give it a multiple of {parallel.replica}"
         )
     return Troupe(ranks=ranks, parallel=parallel)
 

@@ -114,6 +114,19 @@ def makes(module: str, factory: str, *args: object) -> Callable[[], None]:
     return job
 
 
+def rotary_angles_of_a_context_rank():
+    from megatron.core.models.common.embeddings.rope_utils import get_pos_emb_on_this_cp_rank
+
+    class SecondOfTwo:
+        def size(self):
+            return 2
+
+        def rank(self):
+            return 1
+
+    assert get_pos_emb_on_this_cp_rank(torch.arange(8), 0, SecondOfTwo()).tolist() == [2, 3, 4, 5]
+
+
 def builds_adam():
     optimizer = tiny_trainer().optimizer
     assert type(optimizer.chained_optimizers[0].optimizer).__name__ == "FusedAdam"
@@ -189,6 +202,7 @@ JOBS: dict[str, Callable[[], None]] = {
     "megatron.core.optimizer.clip_grads.torch": gradient_is_clipped,
     "megatron.core.utils.torch": makes("utils", "tensor", [1.0]),
     "megatron.core.transformer.utils.torch": makes("transformer.utils", "ones", 2, 2),
+    "megatron.core.models.common.embeddings.rope_utils.torch": rotary_angles_of_a_context_rank,
     "megatron.core.dist_checkpointing.exchange_utils.torch": makes("dist_checkpointing.exchange_utils", "empty", 0),
     "megatron.core.dist_checkpointing.strategies.state_dict_saver.torch": makes(
         "dist_checkpointing.strategies.state_dict_saver", "tensor", [True]

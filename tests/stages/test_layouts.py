@@ -13,6 +13,7 @@ LAYOUTS = {
     "tensor 2": (2, ["--parallel.tensor=2"]),
     "tensor 2, sequence parallel": (2, ["--parallel.tensor=2", "--parallel.sequence=true"]),
     "pipeline 2": (2, ["--parallel.pipeline=2"]),
+    "context 2": (2, ["--parallel.context=2"]),
     "data 2": (2, []),
     "tensor 2 x pipeline 2": (4, ["--parallel.tensor=2", "--parallel.pipeline=2"]),
     "tensor 2 x pipeline 2, sequence parallel": (

@@ -10,6 +10,7 @@ from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.report import CreditConfig
 from rto_megatron.config.schedule import ScheduleConfig
 
 
@@ -156,6 +157,7 @@ class RTORun:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Of all roles but those that `schedule` names on ranks of their own."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    credit: CreditConfig = field(default_factory=CreditConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0

@@ -1,79 +1,32 @@
-"""`python -m rto_megatron report timeline RUN_DIR`: one page that shows what ran when, on every rank."""
+"""`python -m rto_megatron report PAGE ...`: pages drawn from run folders."""
 
-import re
-from dataclasses import dataclass
+import importlib
 from pathlib import Path
 
-from rto_megatron.config.load import print_options, split_options
-from rto_megatron.errors import ConfigError, DataError
-from rto_megatron.metrics import Console
-from rto_megatron.report.rows import read_run
-from rto_megatron.report.timeline import Panel, headline, page
-from rto_megatron.schedule.trace import Row, read_trace
+from rto_megatron.errors import ConfigError
 
-USAGE = "python -m rto_megatron report timeline RUN_DIR [--simulated=FILE] [--out=FILE] [--steps=FIRST:LAST]"
+PAGES = {
+    "timeline": "what ran when, on every rank",
+    "credit": "what every token of held-out responses earned, at the start and now",
+}
+"""Page -> what it shows; `report/PAGE_command.py` draws it."""
 
+USAGE = f"""usage: python -m rto_megatron report PAGE RUN_DIR [--option=value ...]
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What report takes beside the run folder."""
-
-    simulated: Path | None = None
-    """A trace that `simulate --trace=FILE` wrote, to be shown below the measured one."""
-    out: Path | None = None
-    """File for the page; null writes RUN_DIR/timeline.html."""
-    steps: str | None = None
-    """FIRST:LAST, the steps to show, both included; null shows all."""
-
-    def __post_init__(self) -> None:
-        if self.steps is not None:
-            found = re.fullmatch(r"(\d+):(\d+)", self.steps)
-            if not found or int(found[1]) > int(found[2]):
-                raise ValueError(f"steps must be FIRST:LAST, two step numbers in order, got {self.steps!r}")
-
-    @property
-    def range(self) -> range | None:
-        """The steps to show, None for all."""
-        if self.steps is None:
-            return None
-        first, last = map(int, self.steps.split(":"))
-        return range(first, last + 1)
+pages:
+{chr(10).join(f"  {name:10}{what}" for name, what in PAGES.items())}
+`report PAGE --help` lists the options of a page.
+"""
 
 
 def main(path: Path | None, words: list[str]) -> int:
-    """Draw the page, print where it is and its headline; 0."""
-    if "-h" in words or "--help" in words:
-        print_options(Options, USAGE)
-    if path != Path("timeline") or not words or words[0].startswith("-"):
-        raise ConfigError(f"report needs the name of a page, timeline, and a run folder: {USAGE}")
-    run_dir = Path(words[0])
-    options, rest = split_options(Options, words[1:])
-    if rest:
-        raise ConfigError(f"report takes one run folder and its own options, got {rest[0]!r} too: {USAGE}")
-    rows, notes = read_run(run_dir)
-    panels = [Panel.of("measured", _picked(rows, options.range, run_dir))]
-    if options.simulated is not None:
-        simulated = _picked(read_trace(options.simulated), options.range, options.simulated)
-        panels.append(Panel.of("simulated", simulated))
-    out = options.out or run_dir / "timeline.html"
-    try:
-        out.write_text(page(run_dir.resolve().name, panels, notes), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"out must be a file that can be written, got {out}: {error.strerror or error}") from None
-    console = Console()
-    console.say(str(out))
-    for panel in panels:
-        console.say(headline(panel))
-    for note in notes:
-        console.say(f"note: {note}")
+    """Draw a page and print where it is; 0."""
+    if path is None and ("-h" in words or "--help" in words):
+        print(USAGE, end="")
+        return 0
+    name = str(path)
+    if name not in PAGES:
+        got = "none" if path is None else repr(name)
+        raise ConfigError(f"report needs the name of a page, one of {', '.join(PAGES)}, got {got}; see report --help")
+    importlib.import_module(f"rto_megatron.report.{name}_command").main(words)
     return 0
-
-
-def _picked(rows: list[Row], steps: range | None, source: Path) -> list[Row]:
-    """Rows of the steps to show."""
-    if steps is None:
-        return rows
-    if picked := [row for row in rows if row.step in steps]:
-        return picked
-    there = sorted({row.step for row in rows})
-    raise DataError(f"{source}: has no rows of steps {steps[0]} to {steps[-1]}, only of {there[0]} to {there[-1]}")

@@ -41,8 +41,8 @@ class Course:
     config: RTORun
     running: Run
     checkpoints: Checkpoints
-    measure: Callable[[int], dict[str, float]]
-    """Step -> `eval/*` where they are due before it, the same on all ranks."""
+    measure: Callable[[Progress], dict[str, float]]
+    """Where a run is -> `eval/*` where they are due before its next step, the same on all ranks."""
     at: Progress
     shown: Steps
     clock: Clock
@@ -70,7 +70,7 @@ class Course:
             StoppedToContinue: the run was asked to stop; its state is saved.
         """
         with self.clock.phase("evaluate"):
-            self._extra = self.measure(self.at.step)
+            self._extra = self.measure(self.at)
         with self.clock.phase("save"):
             self._extra |= self.checkpoints.after(self.at, held_out=self._extra.get("eval/score"), hand_over=hand_over)
         if self.is_over:
@@ -101,7 +101,7 @@ def on_course(
     trained: Mapping[str, Trainable | None],
     manifest: Manifest,
     tokenizer: Tokenizer,
-    measure: Callable[[int], dict[str, float]],
+    measure: Callable[[Progress], dict[str, float]],
     sizes: list[tuple[str, object]],
     dropped: Dropped,
 ) -> Iterator[Course]:

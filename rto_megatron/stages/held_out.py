@@ -8,14 +8,19 @@ from torch import Tensor
 from rto_megatron.algorithms.dpo import sequence_log_probs
 from rto_megatron.batch import Rollout, Signals
 from rto_megatron.config.run import EvaluateRun, RTORun
+from rto_megatron.credit.page import PAGE, draw_run
+from rto_megatron.credit.record import Evaluation, describe, file_of, num_stored, write_evaluation
 from rto_megatron.data.collate import prompt_batch
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
 from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.models.heads import ScalarModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Judges, score_rollout
+from rto_megatron.stages.resume import Progress
+from rto_megatron.stages.run import writing
 
 EVALUATION = -1
 """The `step` of the random streams of held-out samples, so that no training step shares them."""
@@ -51,8 +56,9 @@ def answer(
     judges: Judges,
     tokenizer: Tokenizer,
     mesh: Mesh,
+    critic: ScalarModel | None = None,
 ) -> Answers:
-    """One response to each prompt, judged.
+    """One response to each prompt, judged, by the critic too if there is one.
 
     The same seed gives every policy the same random streams, so policies differ by what they learned.
     """
@@ -65,7 +71,7 @@ def answer(
         seed=config.seed,
         step=EVALUATION,
     )
-    signals = score_rollout(local, policy=policy, critic=None, judges=judges, config=config, mesh=mesh)
+    signals = score_rollout(local, policy=policy, critic=critic, judges=judges, config=config, mesh=mesh)
     count = range(len(prompts))
     return Answers(rollout=gather_rows(local, mesh).rows(count), signals=gather_rows(signals, mesh).rows(count))
 
@@ -76,21 +82,64 @@ class HeldOut:
 
     prompts: list[PromptRow]
     config: RTORun
+    sentence_ends: Tensor | None = None
+    """[V] bool, ids that close a sentence; for `rto.shaping: sentence` only."""
 
     @classmethod
-    def of_run(cls, config: RTORun, tokenizer: Tokenizer) -> "HeldOut":
+    def of_run(cls, config: RTORun, tokenizer: Tokenizer, sentence_ends: Tensor | None = None) -> "HeldOut":
         """Read data.eval; without it nothing is measured."""
         if config.data.eval is None:
             return cls([], config)
         limit = config.rollout.max_prompt_tokens
         prompts, _ = read_prompts(config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long)
-        return cls(prompts, config)
+        return cls(prompts, config, sentence_ends)
 
     def is_due(self, step: int) -> bool:
         """Whether to measure before `step`."""
         every = self.config.eval_every
         return bool(self.prompts) and (step in (0, self.config.num_steps) or (every > 0 and step % every == 0))
 
-    def measure(self, policy: PolicyModel, judges: Judges, tokenizer: Tokenizer, mesh: Mesh) -> dict[str, float]:
-        """`eval/*`, on ranks that hold all of these."""
-        return answer(policy, self.prompts, self.config, judges, tokenizer, mesh).metrics()
+    def measure(
+        self,
+        at: Progress,
+        policy: PolicyModel,
+        critic: ScalarModel | None,
+        judges: Judges,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        writes: bool,
+    ) -> dict[str, float]:
+        """`eval/*`, on ranks that hold all of these; the one that `writes` leaves the token credit on disk."""
+        shows_credit = self.config.credit.responses > 0
+        answers = answer(policy, self.prompts, self.config, judges, tokenizer, mesh, critic if shows_credit else None)
+        if shows_credit and writes:
+            self._write_credit(at, answers, tokenizer, has_critic=critic is not None)
+        return answers.metrics()
+
+    def _write_credit(self, at: Progress, answers: Answers, tokenizer: Tokenizer, *, has_critic: bool) -> None:
+        """Store the credit of each token, and draw the page of the run."""
+        assert at.kl_coef is not None, "an RTO run begins with one"
+        config, run_dir = self.config, self.config.run_dir
+        stored = range(num_stored(len(self.prompts), config.credit.responses, config.rollout.max_new_tokens))
+        responses = describe(
+            answers.rollout.rows(stored),
+            answers.signals.rows(stored),
+            [(self.prompts[row].index, self.prompts[row].text) for row in stored],
+            tokenizer,
+            config.rto,
+            config.advantage,
+            kl_coef=at.kl_coef,
+            has_critic=has_critic,
+            sentence_ends=self.sentence_ends,
+        )
+        evaluation = Evaluation(
+            name=f"step {at.step}",
+            step=at.step,
+            coefs={"dpo_coef": config.rto.dpo_coef, "kl_coef": at.kl_coef, "score_coef": config.rto.score_coef},
+            num_prompts=len(self.prompts),
+            responses=responses,
+        )
+        with writing("run_dir", run_dir):
+            write_evaluation(file_of(run_dir, at.step), evaluation)
+            (run_dir / PAGE).write_text(draw_run(run_dir, at.step), encoding="utf-8")

@@ -18,7 +18,7 @@ from rto_megatron.schedule.trace_folder import trace_file
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
 from rto_megatron.stages.players import load_players
-from rto_megatron.stages.resume import digests
+from rto_megatron.stages.resume import Progress, digests
 from rto_megatron.stages.rto_items import RTOWork
 from rto_megatron.stages.watched import watched_item, watched_phase
 
@@ -30,16 +30,25 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
     moves = cast.placement.moves(staleness=plan.staleness, early=early)
     players = load_players(config, cast, runtime, moves=moves)
     prompts, dropped, ends = prompts_of(config, players.tokenizer)
-    held_out = HeldOut.of_run(config, players.tokenizer)
+    held_out = HeldOut.of_run(config, players.tokenizer, ends)
 
-    def measure(step: int) -> dict[str, float]:
-        if not held_out.is_due(step):
+    def measure(at: Progress) -> dict[str, float]:
+        if not held_out.is_due(at.step):
             return {}
         numbers: dict[str, float] = {}
         if rank() in cast.judges.ranks:
             policy = players.policy.model if players.policy else players.writer
             assert policy is not None and players.judges is not None
-            numbers = held_out.measure(policy, players.judges, players.tokenizer, players.own_mesh)
+            critic = players.critic.model if players.critic else players.old_critic  # at a boundary both are the newest
+            numbers = held_out.measure(
+                at,
+                policy,
+                critic,
+                players.judges,
+                players.tokenizer,
+                players.own_mesh,
+                writes=rank() == cast.judges.ranks.start,
+            )
         return gather_objects(numbers)[cast.judges.ranks.start]
 
     trained = {"policy": players.policy} | ({"critic": players.critic} if "critic" in players.parents else {})

@@ -37,7 +37,7 @@ from rto_megatron.metrics import Console
 
 TrainingRun = SFTRun | DPORun | RewardRun | RTORun
 
-FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every", "schedule.")
+FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every", "schedule.", "credit.")
 """Beginnings of settings that a run may change on its way: where and how it is computed, not what."""
 
 FIXED = ("schedule.staleness", "schedule.minibatches")

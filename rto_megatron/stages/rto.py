@@ -12,7 +12,7 @@ from rto_megatron.data.readers import Dropped, PromptRow
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows
-from rto_megatron.distributed.runtime import Runtime, rank, world_size
+from rto_megatron.distributed.runtime import Runtime, is_main, rank, world_size
 from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.experience import Credit, make_experience
@@ -25,7 +25,7 @@ from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
 from rto_megatron.stages.interleaved import interleave
-from rto_megatron.stages.resume import digests, is_finished, listening_for_stop, own_checkpoint
+from rto_megatron.stages.resume import Progress, digests, is_finished, listening_for_stop, own_checkpoint
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock
 from rto_megatron.stages.samples import Found, Said, Samples, lengths_of, make_pass, said_of, signals_of
@@ -82,12 +82,15 @@ def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None
     """The run as the paper writes it down: all ranks generate, then score, then update."""
     setup, dropped = prepare(config, runtime)
     actors, mesh = setup.actors, setup.mesh
-    held_out = HeldOut.of_run(config, actors.tokenizer)
+    held_out = HeldOut.of_run(config, actors.tokenizer, setup.sentence_ends)
 
-    def measure(step: int) -> dict[str, float]:
-        if not held_out.is_due(step):
+    def measure(at: Progress) -> dict[str, float]:
+        if not held_out.is_due(at.step):
             return {}
-        return held_out.measure(actors.policy.model, actors.judges, actors.tokenizer, mesh)
+        critic = actors.critic.model if actors.critic else None
+        return held_out.measure(
+            at, actors.policy.model, critic, actors.judges, actors.tokenizer, mesh, writes=is_main()
+        )
 
     trained = {"policy": actors.policy, **({"critic": actors.critic} if actors.critic else {})}
     manifest = manifest_of(config, actors.parents, digests(setup.prompts, held_out.prompts))

@@ -60,9 +60,16 @@ def test_steps_must_be_two_numbers_in_order(tmp_path, capsys, steps):
     assert f"steps must be FIRST:LAST, two step numbers in order, got '{steps}'" in error
 
 
-@pytest.mark.parametrize("words", [[], ["timeline"], ["heatmap", "runs/x"], ["timeline", "--steps=1:2"]])
-def test_page_and_run_folder_must_be_named(capsys, words):
-    assert "report needs the name of a page, timeline, and a run folder" in refused(capsys, *words)
+@pytest.mark.parametrize(("words", "got"), [([], "none"), (["heatmap", "runs/x"], "'heatmap'"), (["--out=x"], "none")])
+def test_a_page_must_be_named(capsys, words, got):
+    assert f"report needs the name of a page, one of timeline, credit, got {got}" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "got"), [([], "none"), (["--steps=1:2"], "none"), (["runs/a", "runs/b"], "2: runs/a, runs/b")]
+)
+def test_the_timeline_is_of_one_run(capsys, words, got):
+    assert f"report needs one run folder here, got {got}" in refused(capsys, "timeline", *words)
 
 
 def test_other_words_are_refused(tmp_path, capsys):
@@ -82,8 +89,14 @@ def test_a_page_that_cannot_be_written_is_an_error(tmp_path, capsys):
     assert "out must be a file that can be written" in error and "No such file or directory" in error
 
 
-def test_help_lists_the_options(capsys):
+def test_help_lists_the_pages(capsys):
+    assert main(["report", "--help"]) == 0
+    assert "what ran when, on every rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("page", "option"), [("timeline", "--simulated"), ("credit", "--checkpoint")])
+def test_help_of_a_page_lists_its_options(capsys, page, option):
     with pytest.raises(SystemExit) as stopped:
-        main(["report", "--help"])
+        main(["report", page, "--help"])
     assert stopped.value.code == 0
-    assert "--simulated" in capsys.readouterr().out
+    assert option in capsys.readouterr().out

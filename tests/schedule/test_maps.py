@@ -32,10 +32,12 @@ def fingerprint_of(run_dir):
     return fingerprint(open_checkpoint(run_dir))
 
 
-def result(run_dir: Path) -> tuple[str, list[dict[str, float]]]:
+def result(run_dir: Path) -> tuple[str, list[dict[str, float]], dict[str, str]]:
+    """Weights and optimizers, metrics, and the token credit of each evaluation."""
     rows = [json.loads(line) for line in (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()]
     kept = [{name: value for name, value in row.items() if not name.startswith(MEASURED)} for row in rows]
-    return run_ranks(fingerprint_of, 1, run_dir)[0], kept
+    credit = {path.name: path.read_text() for path in (run_dir / "credit").iterdir()}
+    return run_ranks(fingerprint_of, 1, run_dir)[0], kept, credit
 
 
 @pytest.fixture(scope="module")

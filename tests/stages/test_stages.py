@@ -48,6 +48,11 @@ def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
     assert rows[0]["decode/log_prob_diff_max"] < 1e-4
     assert rows[0]["advantage/mean"] == pytest.approx(0, abs=1e-6)
     assert (tmp_path / "run.yaml").exists()
+    assert sorted(path.name for path in (tmp_path / "credit").iterdir()) == [
+        "step_00000000.jsonl",
+        "step_00000002.jsonl",
+    ]
+    assert "step 0 beside step 2" in (tmp_path / "credit.html").read_text()
     assert (tmp_path / "checkpoints" / "latest.txt").read_text() == "step_00000002\n"
 
 

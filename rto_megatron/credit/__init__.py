@@ -1,0 +1,1 @@
+"""Token credit for people: what every token of a held-out response earned, stored and drawn as a page."""

@@ -73,7 +73,7 @@ def play(case: str, name: str, writing: int) -> Play:
     return Play(
         placement=placement,
         sizes=sizes,
-        workload=Workload(prompt_tokens=205, max_new_tokens=2048, balanced=True),
+        workload=Workload(prompt_tokens=205, max_new_tokens=2048),
         cost=Faster(Roofline(MODELS[model], GPUS["h100"], placement, layout), times),
         staleness=staleness,
         early=early,

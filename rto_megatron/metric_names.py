@@ -114,6 +114,7 @@ METRICS: dict[str, str] = {
     # Speed
     "speed/tokens_per_second": "Prompt and response tokens of a step over its seconds, all ranks together",
     "speed/generated_tokens_per_second": "Response tokens over the seconds of `generate`, all ranks together",
+    "speed/token_imbalance": "Tokens of the replica that trains on most, over the mean of all; mean over minibatches",
     "time/generate_seconds": "Sampling of the responses (seconds)",
     "time/score_seconds": "Forward passes of policy, reference, DPO policy, critic and reward model (seconds)",
     "time/advantage_seconds": "Token rewards, advantages, whitening (seconds)",

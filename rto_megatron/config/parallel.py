@@ -69,15 +69,41 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut:
+    """How large a microbatch may be: up to both limits, and one row or pair at least."""
+
+    rows: int | None = None
+    """A pair (two sequences) is one row; null sets no limit."""
+    tokens: int | None = None
+    """Padding included, where there is any; null sets no limit."""
+    packed: bool = False
+    """Rows one after another, rather than padded to the longest."""
+
+    def most_tokens(self, longest: int) -> int:
+        """Tokens of the largest microbatch of rows (or pairs) of up to `longest` tokens."""
+        by_rows = None if self.rows is None else self.rows * longest
+        by_tokens = None if self.tokens is None else max(self.tokens, longest)
+        return min(limit for limit in (by_rows, by_tokens) if limit is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
     """Arithmetic and memory."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations. Log-probs, rewards, advantages and losses are float32 either way."""
-    micro_batch_size: int = 4
-    """Rows in one forward and backward pass; a pair (two sequences) is one row."""
-    score_micro_batch_size: int = 16
-    """Sequences in one forward pass without gradient."""
+    micro_batch_tokens: int | None = 4096
+    """Tokens in one forward and backward pass at most, padding included; one row (or pair) in any case; null sets no
+    limit."""
+    micro_batch_size: int | None = None
+    """Rows in it at most; a pair (two sequences) is one row; null sets no limit."""
+    score_micro_batch_tokens: int | None = 4096
+    """Tokens in one forward pass without gradient at most, likewise."""
+    score_micro_batch_size: int | None = None
+    """Sequences in it at most; null sets no limit."""
+    packing: bool | None = None
+    """Put the rows of a microbatch one after another rather than pad them to the longest; each sees itself alone. Not
+    with parallel.context > 1; null packs where it can be done."""
     log_prob_chunk: int = 512
     """Tokens whose logits exist at one time; smaller takes less memory."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -86,6 +112,28 @@ class ComputeConfig:
     """CPU threads of one rank; more than cores / ranks makes it slower."""
 
     def __post_init__(self) -> None:
-        for name in ("micro_batch_size", "score_micro_batch_size", "log_prob_chunk", "threads"):
+        for name in ("log_prob_chunk", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"compute.{name} must be 1 or more, got {getattr(self, name)}")
+        for rows, tokens in (
+            ("micro_batch_size", "micro_batch_tokens"),
+            ("score_micro_batch_size", "score_micro_batch_tokens"),
+        ):
+            for name in (rows, tokens):
+                value = getattr(self, name)
+                if value is not None and value < 1:
+                    raise ValueError(f"compute.{name} must be 1 or more or null, got {value}")
+            if getattr(self, rows) is None and getattr(self, tokens) is None:
+                raise ValueError(
+                    f"compute.{tokens} or compute.{rows} must limit a microbatch, got null for both; set one of them"
+                )
+
+    @property
+    def cut(self) -> Cut:
+        """Of what is trained on."""
+        return Cut(rows=self.micro_batch_size, tokens=self.micro_batch_tokens, packed=self.packing is not False)
+
+    @property
+    def score_cut(self) -> Cut:
+        """Of what is scored."""
+        return Cut(rows=self.score_micro_batch_size, tokens=self.score_micro_batch_tokens, packed=self.packing is not False)

@@ -1,95 +1,74 @@
 """Forward and backward passes over microbatches, on any pipeline layout."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from rto_megatron.algorithms.sequences import position_ids
+from rto_megatron.config.parallel import Cut
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.context import column_multiple
 from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.microbatches import Batch, Microbatch, cut_rows, make_microbatches
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.stream import Part, run_stream
-
-
-class Batch(Protocol):
-    """Rows of tokens: any record of `rto_megatron.batch`."""
-
-    @property
-    def tokens(self) -> Tensor: ...
-
-    @property
-    def num_tokens(self) -> Tensor: ...
-
-    @property
-    def response_mask(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Any, *, multiple: int = 1) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Forward:
     """What a model is asked about a microbatch; called with both."""
 
-    ask: Callable[[MegatronModule, Any], Tensor]
-    """Model and microbatch -> the model's output, [B, T, *depth]; hidden states before the last pipeline stage."""
+    ask: Callable[[MegatronModule, Microbatch], Tensor]
+    """Model and microbatch -> what the model says of its tokens, [B, T, *depth] or packed [1, N, *depth]; hidden states
+    before the last pipeline stage."""
     depth: tuple[int, ...]
     """Shape of what is said about one token: the other stages must know it too."""
 
-    def __call__(self, model: MegatronModule, batch: Batch) -> Tensor:
-        return self.ask(model, batch)
+    def __call__(self, model: MegatronModule, micro: Microbatch) -> Tensor:
+        return self.ask(model, micro)
 
 
 Loss = Callable[[Tensor, Any], tuple[Tensor, Tensor]]
-"""Output and microbatch -> the microbatch's part of the loss, already divided by a count fixed beforehand,
+"""Output [B, T, ...] and the rows of a microbatch -> its part of the loss, already divided by a count fixed beforehand,
 and [k] sums to report. Runs on the last pipeline stage."""
 
 
 token_log_probs = Forward(
-    lambda model, batch: model(batch.tokens, position_ids(batch.tokens), None, loss_mask=batch.response_mask),
+    lambda model, micro: model(
+        micro.tokens,
+        micro.position_ids,
+        None,
+        loss_mask=micro.response_mask,
+        packed_seq_params=micro.packed_seq_params,
+    ),
     depth=(2,),
 )
 """A policy's log-probs and entropies of the response tokens, [B, T, 2] nats."""
 
-head_outputs = Forward(lambda model, batch: model(batch.tokens, position_ids(batch.tokens), None), depth=())
+head_outputs = Forward(
+    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params),
+    depth=(),
+)
 """A scalar head's outputs, [B, T]; column t is read after token t."""
 
 
-def cut_rows(batch: Batch, size: int, *, unit: int = 1) -> list[list[int]]:
-    """Row numbers of each microbatch: up to `size` rows of like length, `unit` neighbours kept together.
-
-    Sorted by length, so that little of a microbatch is padding.
-    """
-    lengths = batch.num_tokens.view(-1, unit).amax(1).tolist()
-    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
-    size = max(1, size // unit)
-    groups = [order[start : start + size] for start in range(0, len(order), size)]
-    return [[unit * i + j for i in group for j in range(unit)] for group in groups]
-
-
-def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, micro_batch_size: int) -> Tensor:
+def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, cut: Cut) -> Tensor:
     """`forward` of all rows by one model: see `score_all`."""
-    return score_all([(model, forward)], batch, mesh, micro_batch_size=micro_batch_size)[0]
+    return score_all([(model, forward)], batch, mesh, cut=cut)[0]
 
 
 @torch.no_grad()
-def score_all(
-    asks: Sequence[tuple[MegatronModule, Forward]], batch: Batch, mesh: Mesh, *, micro_batch_size: int
-) -> list[Tensor]:
+def score_all(asks: Sequence[tuple[MegatronModule, Forward]], batch: Batch, mesh: Mesh, *, cut: Cut) -> list[Tensor]:
     """What each model says of all rows, without gradient, on every rank of the replica; one pass over the rows.
 
     Returns:
         For each of `asks` [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
     """
-    cuts = cut_rows(batch, micro_batch_size)
-    micros = _micros(batch, cuts, [model for model, _ in asks])
+    cuts, micros = _cut_up(batch, cut, [model for model, _ in asks])
     parts = [Part(model, micros, _forward_step(forward, None)) for model, forward in asks]
     order = [(number, micro) for micro in range(len(micros)) for number in range(len(parts))]
     modes = [model.training for model, _ in asks]
@@ -149,18 +128,18 @@ def train_step(
     loss: Loss,
     mesh: Mesh,
     *,
-    micro_batch_size: int,
+    cut: Cut,
     lr: float,
     num_sums: int,
     unit: int = 1,
 ) -> StepResult:
     """One optimizer step of one model on this replica's rows of the minibatch; arguments as in `Task`."""
     task = Task(trainable, batch, forward, loss, num_sums, unit)
-    [sums] = accumulate([task], mesh, micro_batch_size=micro_batch_size)
+    [sums] = accumulate([task], mesh, cut=cut)
     return finish(trainable, sums, mesh, lr=lr)
 
 
-def accumulate(tasks: Sequence[Task], mesh: Mesh, *, micro_batch_size: int) -> list[Tensor]:
+def accumulate(tasks: Sequence[Task], mesh: Mesh, *, cut: Cut) -> list[Tensor]:
     """Forward and backward of all tasks, in one pipeline stream; gradients stay on this replica until `finish`.
 
     Each model appears once. Its gradients have the same bits as when it is the only task.
@@ -172,7 +151,7 @@ def accumulate(tasks: Sequence[Task], mesh: Mesh, *, micro_batch_size: int) -> l
     for task in tasks:
         task.trainable.zero_grad()
         task.trainable.ddp.train()
-        micros = _micros(task.batch, cut_rows(task.batch, micro_batch_size, unit=task.unit), [task.trainable.model])
+        _, micros = _cut_up(task.batch, cut, [task.trainable.model], unit=task.unit)
         parts.append(Part(task.trainable.ddp, micros, _forward_step(task.forward, task.loss)))
     if mesh.pipeline.size == 1:
         reported = [_without_pipeline(part, mesh) for part in parts]
@@ -197,22 +176,28 @@ def finish(trainable: Trainable, sums: Tensor, mesh: Mesh, *, lr: float) -> Step
     return StepResult(sums=total, grad_norm=trainable.step(lr))
 
 
-def _micros(batch: Batch, cuts: Sequence[list[int]], models: Sequence[MegatronModule]) -> list[Any]:
-    """Each microbatch, as wide as its longest row, and so that every rank has as much of that width."""
+def _cut_up(
+    batch: Batch, cut: Cut, models: Sequence[MegatronModule], *, unit: int = 1
+) -> tuple[list[list[int]], list[Microbatch]]:
+    """Rows of each microbatch, and these; as wide as models need that share a row's tokens over ranks."""
+    if any(model.config.context_parallel_size > 1 for model in models):
+        cut = replace(cut, packed=False)  # a context rank has two chunks of every row
+    cuts = cut_rows(batch, cut, unit=unit)
     multiple = max(column_multiple(model.config) for model in models)
-    return [batch.rows(rows, multiple=multiple) for rows in cuts]
+    return cuts, make_microbatches(batch, cuts, packed=cut.packed, multiple=multiple)
 
 
 def _forward_step(forward: Forward, loss: Loss | None) -> Callable[..., tuple[Tensor, Callable]]:
     """What Megatron's schedules call for a microbatch; without a loss they collect the output itself."""
 
-    def forward_step(batches: Iterator[Batch], module: MegatronModule) -> tuple[Tensor, Callable]:
-        micro = next(batches)
+    def forward_step(micros: Iterator[Microbatch], module: MegatronModule) -> tuple[Tensor, Callable]:
+        micro = next(micros)
 
         def report(output: Tensor, non_loss_data: bool = False) -> Any:
+            output = micro.unpack(output)
             if loss is None:
                 return output
-            value, sums = loss(output, micro)
+            value, sums = loss(output, micro.record)
             # three values and calculate_per_token_loss: Megatron divides by nothing
             return value, torch.zeros((), dtype=torch.int, device=output.device), sums.detach().clone()
 
@@ -229,6 +214,6 @@ def _without_pipeline(part: Part, mesh: Mesh) -> list[Tensor]:
         model=[part.model],
         num_microbatches=len(part.micros),
         seq_length=part.micros[0].tokens.shape[1],
-        micro_batch_size=len(part.micros[0]),
+        micro_batch_size=len(part.micros[0].tokens),
         pg_collection=mesh.groups,
     )

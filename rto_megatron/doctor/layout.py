@@ -8,6 +8,7 @@ from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.mesh import check_seed
 from rto_megatron.doctor.data import Rows
 from rto_megatron.doctor.findings import Section
+from rto_megatron.doctor.memory import longest_of
 from rto_megatron.errors import UserError
 from rto_megatron.schedule.cast import cast_of
 from rto_megatron.stages import course, supervised
@@ -44,20 +45,22 @@ def _look_at_microbatches(found: Section, config: Any, num_data: int) -> None:
     rows = _rows_per_step(config)
     if not rows:
         return
-    mine, size = rows // num_data, config.compute.micro_batch_size
-    count = -(-mine // size)
-    if size > mine:
+    mine, cut = rows // num_data, config.compute.cut
+    size = cut.rows
+    if size is not None and size > mine:
         found.note(
             f"compute.micro_batch_size {size} is more than the {mine} rows of a replica's optimizer step",
             why=f"a microbatch holds those {mine}; the number does not bound memory any lower",
         )
-    stages = config.parallel.pipeline
+    longest = longest_of(config)
+    stages, count = config.parallel.pipeline, -(-mine // max(1, cut.most_tokens(longest) // longest))
     if stages > 1 and count < 4 * stages:
         idle = (stages - 1) / (count + stages - 1)
         found.note(
-            f"{count} microbatches fill a pipeline of {stages} stages: each waits {idle:.0%} of a step",
+            f"{count} microbatches (fewer if rows are short) fill a pipeline of {stages} stages: each waits {idle:.0%} "
+            "of a step",
             why="a stage has nothing to do until the first microbatch comes and after the last one went",
-            way_out="make compute.micro_batch_size smaller or the batch larger",
+            way_out="make compute.micro_batch_tokens smaller or the batch larger",
         )
     if isinstance(config, RTORun):
         samples = config.prompts_per_step * config.samples_per_prompt // num_data

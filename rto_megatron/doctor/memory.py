@@ -121,7 +121,7 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
     why = "a rank that runs out of memory ends, and the others wait for it"
     way_out = (
         "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true; "
-        "for activations compute.recompute and a smaller compute.micro_batch_size, for the cache rollout.max_slots"
+        "for activations compute.recompute and a smaller compute.micro_batch_tokens, for the cache rollout.max_slots"
     )
     if certain > has:
         found.error(
@@ -146,11 +146,9 @@ def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dic
     passing: dict[str, int] = {}
     trained = [model for model in models if model.optimizer is not None]
     if trained:
-        rows = config.compute.micro_batch_size * (2 if isinstance(config, DPORun | RewardRun) else 1)
-        length = _longest(config)
+        tokens = config.compute.cut.most_tokens(longest_of(config))
         passing["activations"] = max(
-            activation_bytes(model.architecture, config.parallel, config.compute, tokens=rows * length)
-            for model in trained
+            activation_bytes(model.architecture, config.parallel, config.compute, tokens=tokens) for model in trained
         )
     if isinstance(config, RTORun | GenerateRun | EvaluateRun):
         slots = config.rollout.max_slots
@@ -161,10 +159,11 @@ def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dic
     return passing
 
 
-def _longest(config: Any) -> int:
+def longest_of(config: Any) -> int:
+    """Tokens of the longest row, or pair of rows, that the run trains on."""
     if hasattr(config, "rollout"):
         return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    return config.data.max_length
+    return config.data.max_length * (2 if isinstance(config, DPORun | RewardRun) else 1)
 
 
 def rank_memory(place: Place) -> tuple[int, str]:

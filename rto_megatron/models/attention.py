@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
@@ -56,9 +57,25 @@ class CausalAttention(MegatronModule):
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]; T of this context rank's columns."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *_: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        **__: Any,
+    ) -> Tensor:
+        """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]; T of this context rank's columns.
+
+        Packed, without B: each of the rows in N tokens sees itself alone; [N, heads, d], ... -> [N, heads * d].
+        """
         group = self.context_group
+        if packed_seq_params is not None:
+            assert group.size() == 1, "a context rank has two chunks of every row, not of all together"
+            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+            rows = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*row) for row in rows]).squeeze(1).flatten(1)
         if group.size() == 1:
             out = self._attend(query, key, value)
         else:

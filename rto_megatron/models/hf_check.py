@@ -14,14 +14,15 @@ import torch
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from rto_megatron.algorithms.sequences import position_ids
 from rto_megatron.batch import SFTBatch
 from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.parallel import Cut
 from rto_megatron.data.collate import collate_sft
 from rto_megatron.data.readers import SFTRow
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.collectives import broadcast_object, gather_objects
 from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.microbatches import Microbatch
 from rto_megatron.distributed.replica import gather_over_tensor
 from rto_megatron.distributed.runtime import is_main
 from rto_megatron.distributed.step import Forward, head_outputs, score
@@ -80,14 +81,14 @@ class Agreement:
 
 
 def check_hf(
-    model: MegatronModule, config: ModelConfig, folder: Path, tokenizer: Tokenizer, mesh: Mesh, *, rows_at_once: int
+    model: MegatronModule, config: ModelConfig, folder: Path, tokenizer: Tokenizer, mesh: Mesh, *, cut: Cut
 ) -> Agreement:
     """Compare a folder with the live model: every tensor, config.json, and the logits or scores of real text.
 
     The main rank holds the whole model in float32 meanwhile.
 
     Args:
-        rows_at_once: texts in one forward pass of the live model.
+        cut: of the texts, for the live model.
 
     Raises:
         CheckpointError: they differ; with the first tensor, setting or layer that does.
@@ -96,7 +97,7 @@ def check_hf(
     _stop_if(_on_main(lambda: _differing_setting(config, folder), folder), folder)
     batch = text_rows(tokenizer, config)
     ask = head_outputs if isinstance(model, ScalarModel) else token_logits(config)
-    live = score(model, batch.to(mesh.device), ask, mesh, micro_batch_size=rows_at_once)
+    live = score(model, batch.to(mesh.device), ask, mesh, cut=cut)
     dtype, what = model.config.params_dtype, "scores" if isinstance(model, ScalarModel) else "logits"
     share = BFLOAT16 if dtype == torch.bfloat16 else TF32 if mesh.runtime.has_transformer_engine else EXACT
     found: Agreement = _on_main(lambda: _compare_outputs(folder, batch, live.cpu(), dtype, share, what), folder)
@@ -123,8 +124,8 @@ def text_rows(tokenizer: Tokenizer, config: ModelConfig) -> SFTBatch:
 def token_logits(config: ModelConfig) -> Forward:
     """A policy's logits of the true vocabulary, [B, T, V]; column t has seen token t. For a few short texts only."""
 
-    def ask(model: Any, batch: Any) -> Tensor:
-        out = model(batch.tokens, position_ids(batch.tokens), None)
+    def ask(model: Any, micro: Microbatch) -> Tensor:
+        out = model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
         if not model.post_process:
             return out
         return torch.cat(list(gather_over_tensor(out, model.pg_collection.tp)), -1)[..., : config.vocab_size]
@@ -268,7 +269,7 @@ def _differing_layer(model: Any, folder: Path, batch: SFTBatch, ask: Forward, sh
     modules |= {f"model.layers.{layer.layer_number - 1}": layer for layer in model.decoder.layers}
     modules |= {"model.norm": model.decoder.final_layernorm} if model.post_process else {}
     with _outputs_of(modules) as mine:
-        score(model, row.to(mesh.device), ask, mesh, micro_batch_size=1)
+        score(model, row.to(mesh.device), ask, mesh, cut=Cut(rows=1))
     if model.config.sequence_parallel:  # each tensor rank has its share of the tokens
         mine = {name: torch.cat(list(gather_over_tensor(x, mesh.tensor.group))) for name, x in mine.items()}
     told = {name: x[: row.tokens.shape[1], 0].float().cpu() for name, x in mine.items()}

@@ -17,7 +17,7 @@ from rto_megatron.schedule.rooflines import GPUS_PER_NODE, Gpu, Layout, Roles, R
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 
-COMPUTE = ComputeConfig(dtype="bfloat16", recompute="selective", micro_batch_size=1)
+COMPUTE = ComputeConfig(dtype="bfloat16", recompute="selective")
 ROLES: tuple[tuple[str, Kind], ...] = (
     ("policy", "policy"),
     ("critic", "value"),

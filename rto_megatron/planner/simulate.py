@@ -6,6 +6,7 @@ from typing import Literal
 
 from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
+from rto_megatron.data.shares import padded_tokens
 from rto_megatron.distributed.checkpoint import open_checkpoint
 from rto_megatron.doctor.memory import Model
 from rto_megatron.errors import ConfigError, DataError, UserError
@@ -20,7 +21,7 @@ from rto_megatron.schedule.simulate import Cost
 from rto_megatron.schedule.trace import Row, draw, read_trace, write_trace
 from rto_megatron.schedule.trace_folder import read_last_start
 from rto_megatron.schedule.work import Sizes
-from rto_megatron.schedule.workload import Workload, padding
+from rto_megatron.schedule.workload import Workload
 from rto_megatron.stages.rules import roles_of, size_rules
 from rto_megatron.stages.run import writing
 
@@ -105,10 +106,11 @@ def _workload(config: RTORun, options: Options) -> Workload:
 
 
 def _roles(config: RTORun, workload: Workload, sizes: Sizes) -> Roles:
+    totals = [workload.prompt_tokens + length for length in workload.lengths(0, sizes.samples)][: sizes.minibatch]
     return Roles(
         scored=len(roles_of(config)),
         forwards=4.0 if config.compute.recompute == "full" else 3.0,
-        padding=padding(workload, sizes.samples, rows=config.compute.micro_batch_size),
+        padding=padded_tokens(totals, config.compute.cut) / sum(totals),
         one_stream=config.schedule.map != "sequential",
     )
 
@@ -121,7 +123,7 @@ def _measured(costs: Path) -> tuple[list[Row], list[str]]:
 def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload, sizes: Sizes) -> Roofline:
     model = open_checkpoint(config.policy).manifest.architecture_for("policy")
     engine, policy, critic = cast.engine.parallel, cast.policy.parallel, cast.critic.parallel
-    roles, rows = _roles(config, workload, sizes), config.compute.micro_batch_size
+    roles = _roles(config, workload, sizes)
     mean = workload.prompt_tokens + sum(workload.lengths(0, sizes.samples)) / sizes.samples
     layout = Layout(
         engine_ranks=engine.tensor * engine.pipeline,
@@ -131,7 +133,7 @@ def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload,
         train_tensor=policy.tensor,
         pipeline=policy.pipeline,
         critic=(critic.tensor, critic.pipeline),
-        micro_tokens=max(1, round(rows * mean * roles.padding)),
+        micro_tokens=max(1, min(round(mean * sizes.minibatch), config.compute.cut.most_tokens(round(mean)))),
         filled=1.0,
     )
     return Roofline(model, GPUS[options.gpu], cast.placement, layout, roles=roles)
@@ -168,7 +170,7 @@ def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast,
         moves=place.moves(staleness=config.schedule.staleness, early=config.schedule.minibatches == "logical"),
         num_data=cast.policy.num_replicas,
         num_critic_data=cast.critic.num_replicas,
-        micro_tokens=config.compute.micro_batch_size * window,
+        micro_tokens=config.compute.cut.most_tokens(window),
         pack_tokens=max(window, sizes.pack_tokens),
     )
     lanes = sizes.lanes // len(place.engines)

@@ -44,12 +44,12 @@ class Case:
     pipeline: int = 1
 
 
-LARGE = Workload(prompt_tokens=205, max_new_tokens=2048, balanced=True)
+LARGE = Workload(prompt_tokens=205, max_new_tokens=2048)
 CASES = {
     "A": Case(
         model="llama3-8b",
         num_gpus=8,
-        workload=Workload(prompt_tokens=256, max_new_tokens=1024, mean_tokens=240, balanced=True),
+        workload=Workload(prompt_tokens=256, max_new_tokens=1024, mean_tokens=240),
         train_tensor=1,
     ),
     "B": Case(model="llama3-8b", num_gpus=64, workload=LARGE, train_tensor=2),

@@ -49,6 +49,8 @@ class Lane:
         self.clock, self.num_passes, self.num_packs = 0, 0, 0
         self.ended: list[tuple[int, int]] = []
         """(clock, sample), in this order."""
+        self.tokens: dict[int, int] = {}
+        """Of each sample that has ended: prompt and response."""
         self._sizes, self._prompts, self._step, self._number = sizes, prompt_tokens, step, number
         self._waiting = deque(sizes.rows(number))
         self._written: dict[int, int] = {}
@@ -138,6 +140,7 @@ class Lane:
         self._open.append(sample)
         self._open_tokens += tokens
         self.ended.append((clock, sample))
+        self.tokens[sample] = tokens
         return closed
 
     def _window_end(self) -> int:

@@ -32,15 +32,16 @@ So at a boundary with staleness 1 the next step's samples are there, written and
 are part of the state that a run goes on from (`handed_over`).
 """
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from rto_megatron.data.shares import deal
 from rto_megatron.schedule.lane import Lane, Pack
 from rto_megatron.schedule.placement import RoleMap
-from rto_megatron.schedule.work import Item, Sizes, StepInput, share
+from rto_megatron.schedule.work import Item, Sizes, StepInput
 
 INFINITY = float("inf")
 
@@ -184,8 +185,9 @@ class Schedule:
             return None
         if head.kind == "train":
             # Each group does a share of its own; they meet again in the optimizer step.
-            mine = share(len(samples), head.groups.index(group), len(head.groups))
-            return replace(head, groups=(group,), samples=samples[mine.start : mine.stop])
+            tokens = self._step(head.step).tokens
+            mine = deal([tokens[sample] for sample in samples], len(head.groups))[head.groups.index(group)]
+            return replace(head, groups=(group,), samples=tuple(samples[row] for row in mine))
         return replace(head, groups=(group,) if head.kind == "advantage" else head.groups, samples=samples)
 
     def _members(self, item: Item) -> tuple[int, ...] | None:
@@ -335,6 +337,8 @@ class _Step:
         self.minibatches = known.minibatches
         self.lanes = [Lane(sizes, known.prompt_tokens, step=number, number=lane) for lane in range(sizes.lanes)]
         self.scored: set[int] = set()
+        self.tokens = ChainMap(*(lane.tokens for lane in self.lanes))
+        """Of each sample that has ended: prompt and response."""
 
     def take_over(self, lengths: Mapping[int, int]) -> None:
         """Its responses, of these lengths, are written and scored."""

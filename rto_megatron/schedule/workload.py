@@ -9,7 +9,7 @@ from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.policy import Schedule
 from rto_megatron.schedule.simulate import Cost, Responses, simulate
 from rto_megatron.schedule.trace import Row
-from rto_megatron.schedule.work import Sizes, StepInput, share
+from rto_megatron.schedule.work import Sizes, StepInput
 
 SIGMA = 0.7
 """Of the logarithm of lengths."""
@@ -27,8 +27,6 @@ class Workload:
     """The window: longer responses are cut there."""
     mean_tokens: float | None = None
     """Of responses before they are cut; null makes it 1 / 2.3 of the window."""
-    balanced: bool = False
-    """Whether the groups that train get even shares of a minibatch's tokens, rather than of its samples."""
     long_last: float = 0.0
     """Share of a step's responses, the longest, that come last, so that the last lanes write them."""
     epochs: int = 1
@@ -58,11 +56,6 @@ class Workload:
         """A run of it on a role map, of which nothing has happened; the arguments are those of `Schedule`."""
         known = [self.known(step, sizes) for step in range(sizes.num_steps)]
         lengths = [self.lengths(step, sizes.samples) for step in range(sizes.num_steps)]
-        if self.balanced:
-            known = [
-                StepInput(step.prompt_tokens, [dealt(rows, tokens, len(placement.policy)) for rows in step.minibatches])
-                for step, tokens in zip(known, lengths, strict=True)
-            ]
         schedule = Schedule(placement, sizes, known.__getitem__, staleness=staleness, early=early)
         return schedule, Responses(lambda step: known[step].prompt_tokens, lengths.__getitem__)
 
@@ -79,17 +72,6 @@ class Workload:
         """Simulate it; the arguments are those of `Schedule` and `simulate`."""
         schedule, responses = self.begin(sizes, placement, staleness=staleness, early=early)
         return simulate(schedule, responses, cost, latency=latency)
-
-
-def dealt(rows: Sequence[int], tokens: Sequence[int], hands: int) -> list[int]:
-    """Samples in an order in which even shares of it, cut as the schedule cuts them, hold about as many tokens."""
-    held: list[list[int]] = [[] for _ in range(hands)]
-    room = [len(share(len(rows), hand, hands)) for hand in range(hands)]
-    for row in sorted(rows, key=lambda row: (-tokens[row], row)):
-        free = [hand for hand in range(hands) if len(held[hand]) < room[hand]]
-        least = min(free, key=lambda hand: sum(tokens[other] for other in held[hand]))
-        held[least].append(row)
-    return [row for cards in held for row in cards]
 
 
 def padding(workload: "Workload", num: int, *, rows: int) -> float:

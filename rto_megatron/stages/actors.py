@@ -110,8 +110,7 @@ def score_rollout(
         asks["critic"] = critic, head_outputs
     if judges.reward:
         asks["reward_model"] = judges.reward.model, head_outputs
-    size = config.compute.score_micro_batch_size
-    said = dict(zip(asks, score_all(list(asks.values()), rollout, mesh, micro_batch_size=size), strict=True))
+    said = dict(zip(asks, score_all(list(asks.values()), rollout, mesh, cut=config.compute.score_cut), strict=True))
     ref_log_probs = said["reference"][..., 0]
     values = torch.zeros_like(ref_log_probs)
     if "critic" in said:

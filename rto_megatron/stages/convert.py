@@ -200,8 +200,7 @@ def _write_out(config: ConvertRun, mesh: Mesh, console: Console) -> None:
 def _check(
     model: Any, architecture: ModelConfig, folder: Path, tokenizer: Tokenizer, config: ConvertRun, mesh: Mesh
 ) -> Agreement:
-    rows = config.compute.score_micro_batch_size
-    return check_hf(model, architecture, folder, tokenizer, mesh, rows_at_once=rows)
+    return check_hf(model, architecture, folder, tokenizer, mesh, cut=config.compute.score_cut)
 
 
 def _attempt(action: Callable[[], object]) -> str | None:

@@ -16,7 +16,6 @@ from torch import Tensor
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.readers import PromptRow
-from rto_megatron.data.sampler import shard
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import gather_objects, sum_in_rank_order
 from rto_megatron.distributed.runtime import is_main, rank, wait_for_device
@@ -162,8 +161,7 @@ class RTOWork:
         log_probs = torch.zeros(whole.tokens.shape, device=mesh.device)
         for pack in mine:
             rows = whole.rows(pack.samples)
-            size = self.config.compute.score_micro_batch_size
-            said = score(trained.model, rows, token_log_probs, mesh, micro_batch_size=size)[..., 0]
+            said = score(trained.model, rows, token_log_probs, mesh, cut=self.config.compute.score_cut)[..., 0]
             log_probs[list(pack.samples), : said.shape[1]] = said[:, : log_probs.shape[1]]
         state.proximal = sum_in_rank_order(log_probs, mesh)  # disjoint rows: nothing is rounded
         return Outcome(load=Load(state.samples.contexts(row for pack in mine for row in pack.samples)))
@@ -202,15 +200,14 @@ class RTOWork:
         is_policy = item.role in ("policy", "both")
         mesh = players.policy_mesh if is_policy else players.critic_mesh
         assert mesh is not None
-        mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
         tasks = tasks_of(
             players.policy if is_policy else None,
             players.critic if item.role in ("critic", "both") else None,
             whole,
-            mine,
             self.config,
+            mesh,
         )
-        sums = accumulate(tasks, mesh, micro_batch_size=self.config.compute.micro_batch_size)
+        sums = accumulate(tasks, mesh, cut=self.config.compute.cut)
         state.sums = {task.trainable.name: own for task, own in zip(tasks, sums, strict=True)}
         return Outcome(load=Load(state.samples.contexts(item.samples)))
 
@@ -221,8 +218,9 @@ class RTOWork:
             "critic": (players.critic, players.critic_mesh),
         }[item.role]
         assert trained is not None and mesh is not None
+        whole = state.minibatches[item.number]
         report = take_optimizer_step(
-            trained, state.sums[item.role], self.config, mesh, step=item.step, number=item.number
+            trained, state.sums[item.role], whole, self.config, mesh, step=item.step, number=item.number
         )
         state.reports[item.number] = state.reports.get(item.number, {}) | report
         return Outcome(load=Load(state.samples.contexts(item.samples)))

@@ -12,13 +12,13 @@ from torch import Tensor
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
 from rto_megatron.config.run import ConvertRun, DPORun, RewardRun, SFTRun
 from rto_megatron.data.readers import Dropped
-from rto_megatron.data.sampler import batch_rows, shard
+from rto_megatron.data.sampler import batch_rows
+from rto_megatron.data.shares import deal, imbalance
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
-from rto_megatron.distributed.rows import share_of
 from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.distributed.step import Forward, Loss, score, train_step
 from rto_megatron.distributed.watchdog import Watchdog
@@ -131,14 +131,16 @@ def fit(
                 warmup_steps=warmup,
                 num_steps=total,
             )
+            tokens = batch.num_tokens.tolist()
+            shares = deal(tokens, mesh.data.size, unit=task.rows_per_item)
             with clock.phase("update"):
                 result = train_step(
                     trainable,
-                    batch.rows(shard(len(batch), rank=mesh.data.rank, world=mesh.data.size)),
+                    batch.rows(shares[mesh.data.rank]),
                     task.forward,
                     task.make_loss(batch),
                     mesh,
-                    micro_batch_size=config.compute.micro_batch_size * task.rows_per_item,
+                    cut=config.compute.cut,
                     lr=lr,
                     num_sums=task.num_sums,
                     unit=task.rows_per_item,
@@ -155,7 +157,8 @@ def fit(
                 with_prefix(f"{task.group}/", numbers)
                 | (with_prefix(f"{task.group}/eval_", held_out) if due else {})
                 | {"optimizer/grad_norm": result.grad_norm, "optimizer/learning_rate": lr}
-                | {"speed/tokens_per_second": int(batch.num_tokens.sum()) / seconds["time/step_seconds"]}
+                | {"speed/tokens_per_second": sum(tokens) / seconds["time/step_seconds"]}
+                | {"speed/token_imbalance": imbalance(tokens, shares)}
                 | seconds
                 | extra,
             )
@@ -194,9 +197,16 @@ def score_rows(
     model: Any, batch: Any, forward: Forward, config: SupervisedRun | ConvertRun, mesh: Mesh, *, unit: int = 1
 ) -> Tensor:
     """`forward` of all rows, shared out over the replicas; all rows on every rank."""
-    index = [unit * i + j for i in share_of(len(batch) // unit, mesh) for j in range(unit)]
-    picked = batch.rows(index)
-    local = score(model, picked, forward, mesh, micro_batch_size=config.compute.score_micro_batch_size)
-    whole = local.new_zeros(len(index), batch.tokens.shape[1], *local.shape[2:])
-    whole[:, : local.shape[1]] = local
-    return gather_over_data(whole, mesh)[: len(batch)]
+    # pairs enough for every replica: the last one may be scored more than once
+    num_rows = max(len(batch), unit * mesh.data.size)
+    index = [min(row, len(batch) - unit + row % unit) for row in range(num_rows)]
+    lengths = batch.num_tokens.tolist()
+    shares = deal([lengths[row] for row in index], mesh.data.size, unit=unit)
+    mine = [index[row] for row in shares[mesh.data.rank]]
+    local = score(model, batch.rows(mine), forward, mesh, cut=config.compute.score_cut)
+    most = max(map(len, shares))
+    whole = local.new_zeros(most, batch.tokens.shape[1], *local.shape[2:])
+    whole[: len(mine), : local.shape[1]] = local[:, : whole.shape[1]]
+    gathered = gather_over_data(whole, mesh)
+    place = {row: most * rank + i for rank, share in enumerate(shares) for i, row in enumerate(share)}
+    return gathered[[place[row] for row in range(len(batch))]]

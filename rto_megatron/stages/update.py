@@ -15,7 +15,8 @@ from rto_megatron.batch import Experience
 from rto_megatron.config.algorithm import PPOConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.run import RTORun
-from rto_megatron.data.sampler import random_order, shard
+from rto_megatron.data.sampler import random_order
+from rto_megatron.data.shares import deal, imbalance
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.step import (
@@ -71,25 +72,24 @@ def update(
     """
     reports: list[dict[str, Mergeable]] = []
     for number, whole in enumerate(minibatches):
-        mine = whole.rows(shard(len(whole), rank=mesh.data.rank, world=mesh.data.size))
-        tasks = tasks_of(actors.policy, actors.critic, whole, mine, config)
-        sums = accumulate(tasks, mesh, micro_batch_size=config.compute.micro_batch_size)
+        tasks = tasks_of(actors.policy, actors.critic, whole, config, mesh)
+        sums = accumulate(tasks, mesh, cut=config.compute.cut)
         report: dict[str, Mergeable] = {}
         for task, own in zip(tasks, sums, strict=True):
-            report |= take_optimizer_step(task.trainable, own, config, mesh, step=step, number=number)
+            report |= take_optimizer_step(task.trainable, own, whole, config, mesh, step=step, number=number)
         reports.append(report)
     return reports
 
 
 def tasks_of(
-    policy: Trainable | None, critic: Trainable | None, whole: Experience, mine: Experience, config: RTORun
+    policy: Trainable | None, critic: Trainable | None, whole: Experience, config: RTORun, mesh: Mesh
 ) -> list[Task]:
-    """What a minibatch asks of the roles that this rank trains.
+    """What a minibatch asks of the roles that this rank trains, of this replica's share of its rows.
 
     Args:
         whole: all rows of the minibatch: the loss is a mean over these.
-        mine: this replica's rows.
     """
+    mine = whole.rows(deal(whole.num_tokens.tolist(), mesh.data.size)[mesh.data.rank])
     count, tasks = int(loss_count(whole.response_mask, config.ppo.loss_mean)), []
     if policy:
         tasks.append(Task(policy, mine, token_log_probs, make_policy_loss(config.ppo, count), num_sums=6))
@@ -99,14 +99,22 @@ def tasks_of(
 
 
 def take_optimizer_step(
-    trainable: Trainable, sums: Tensor, config: RTORun, mesh: Mesh, *, step: int, number: int
+    trainable: Trainable, sums: Tensor, whole: Experience, config: RTORun, mesh: Mesh, *, step: int, number: int
 ) -> dict[str, Mergeable]:
-    """The optimizer step of minibatch `number` of a step, whose gradients are there; what it reports."""
+    """The optimizer step of minibatch `number` of a step, whose gradients are there; what it reports.
+
+    Args:
+        whole: all rows of the minibatch.
+    """
     plan, is_policy = plan_updates(config), trainable.name == "policy"
     optimizer = config.optimizer if is_policy else config.critic_optimizer
     lr = learning_rate(optimizer, step * plan.minibatches_per_step + number, plan)
     result = finish(trainable, sums, mesh, lr=lr)
-    return _policy_report(result, lr) if is_policy else _critic_report(result, lr)
+    if not is_policy:
+        return _critic_report(result, lr)
+    tokens = whole.num_tokens.tolist()
+    uneven = imbalance(tokens, deal(tokens, mesh.data.size))
+    return _policy_report(result, lr) | {"speed/token_imbalance": Mean(uneven, 1)}
 
 
 def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:

@@ -7,7 +7,7 @@ from rto_megatron.batch import SFTBatch
 from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from rto_megatron.distributed.checkpoint import Manifest, load_optimizer, load_weights, open_checkpoint
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.distributed.mesh import role_mesh, seed_streams
@@ -122,7 +122,7 @@ def three_steps(layout, ranks):
     tokens = torch.arange(32).reshape(4, 8)[mesh.data.rank :: mesh.data.size]
     mask = torch.arange(8).expand_as(tokens) >= 4
     batch = SFTBatch(tokens=tokens, num_tokens=torch.full((len(tokens),), 8), response_mask=mask)
-    options = {"micro_batch_size": 1, "lr": 1e-2, "num_sums": 1}
+    options = {"cut": Cut(rows=1), "lr": 1e-2, "num_sums": 1}
     done = [train_step(policy, batch, token_log_probs, loss, mesh, **options) for _ in range(3)]
     return [number for result in done for number in (result.sums.item(), result.grad_norm)]
 

@@ -16,14 +16,14 @@ from megatron.core.pipeline_parallel.schedules import (
 from rto_megatron.batch import SFTBatch
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from rto_megatron.distributed.mesh import build_mesh
+from rto_megatron.distributed.microbatches import cut_rows, make_microbatches
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.distributed.step import (
     Task,
     accumulate,
-    cut_rows,
     finish,
     head_outputs,
     score,
@@ -126,7 +126,7 @@ LAYOUTS = {
 SIZES = {"vocab_size": 120, "max_length": 16, "num_attention_heads": 4, "num_query_groups": 2, "init_std": 0.2}
 POLICY = ModelConfig(num_layers=4, hidden_size=16, ffn_hidden_size=32, tie_embeddings=True, **SIZES)
 CRITIC = ModelConfig(num_layers=8, hidden_size=24, ffn_hidden_size=40, tie_embeddings=False, **SIZES)
-MICRO, LR = 2, 0.01
+MICRO, LR = Cut(rows=2), 0.01
 
 
 def batch_of(mesh):
@@ -158,10 +158,8 @@ def megatrons_schedule(model, role, mesh, *, forward_only=False):
     """Run Megatron's own schedule of one model over the batch; what the last stage collects, an entry a microbatch."""
     batch, (forward, loss) = batch_of(mesh), FORWARDS[role]
     config = getattr(model, "module", model).config
-    micros = [
-        batch.rows(rows, multiple=mesh.tensor.size if config.sequence_parallel else 1)
-        for rows in cut_rows(batch, MICRO)
-    ]
+    multiple = mesh.tensor.size if config.sequence_parallel else 1
+    micros = make_microbatches(batch, cut_rows(batch, MICRO), packed=False, multiple=multiple)
 
     def forward_step(batches, module):
         micro = next(batches)
@@ -169,7 +167,7 @@ def megatrons_schedule(model, role, mesh, *, forward_only=False):
         def finish(output, non_loss_data=False):
             if non_loss_data:
                 return output
-            value, sums = loss(output, micro)
+            value, sums = loss(output, micro.record)
             return value, torch.zeros((), dtype=torch.int), sums.clone()
 
         return forward(module, micro), finish
@@ -180,7 +178,7 @@ def megatrons_schedule(model, role, mesh, *, forward_only=False):
         "model": [model],
         "num_microbatches": len(micros),
         "seq_length": micros[0].tokens.shape[1],
-        "micro_batch_size": len(micros[0]),
+        "micro_batch_size": len(micros[0].tokens),
         "forward_only": forward_only,
         "collect_non_loss_data": forward_only,
         "pg_collection": mesh.groups,
@@ -220,10 +218,10 @@ def both_ways(parallel, distributed):
     found = {}
     asks = [(task.trainable.model, task.forward) for task in tasks]
     asks[1][0].eval()
-    found["scores"] = score_all(asks, batch_of(mesh), mesh, micro_batch_size=MICRO)
-    found["separate scores"] = [score(model, batch_of(mesh), ask, mesh, micro_batch_size=MICRO) for model, ask in asks]
+    found["scores"] = score_all(asks, batch_of(mesh), mesh, cut=MICRO)
+    found["separate scores"] = [score(model, batch_of(mesh), ask, mesh, cut=MICRO) for model, ask in asks]
     found["training"] = [model.training for model, _ in asks]
-    sums = accumulate(tasks, mesh, micro_batch_size=MICRO)
+    sums = accumulate(tasks, mesh, cut=MICRO)
     found["gradients"] = {k: x for task in tasks for k, x in weights_of(task.trainable, "main_grad").items()}
     results = [finish(task.trainable, own, mesh, lr=LR) for task, own in zip(tasks, sums, strict=True)]
     found["sums"], found["reported"] = sums, [result.sums for result in results]
@@ -314,9 +312,9 @@ def train_step_and_its_halves():
         trainable = make_trainable("policy", model, OptimizerConfig(), mesh)
         for _ in range(2):
             if whole:
-                result = train_step(trainable, batch, forward, loss, mesh, micro_batch_size=MICRO, lr=LR, num_sums=2)
+                result = train_step(trainable, batch, forward, loss, mesh, cut=MICRO, lr=LR, num_sums=2)
             else:
-                [sums] = accumulate([Task(trainable, batch, forward, loss, 2)], mesh, micro_batch_size=MICRO)
+                [sums] = accumulate([Task(trainable, batch, forward, loss, 2)], mesh, cut=MICRO)
                 result = finish(trainable, sums, mesh, lr=LR)
         found.append((result.sums, result.grad_norm, weights_of(trainable, "data")))
     return found

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from rto_megatron.algorithms.reward_model import sequence_scores
 from rto_megatron.batch import SFTBatch
 from rto_megatron.config.model import ModelConfig
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.distributed.step import head_outputs, score, token_log_probs
@@ -136,10 +136,10 @@ def load_and_save(paths, parallel):
         out = path.with_name(f"{path.name}-{mesh.tensor.size}{mesh.pipeline.size}{parallel.sequence}")
         save_hf(model, config, out, NoTokenizer(), scoring=scoring, part_bytes=20_000)
         if scoring:
-            own = sequence_scores(score(model, rows, head_outputs, mesh, micro_batch_size=2), rows.num_tokens), None
+            own = sequence_scores(score(model, rows, head_outputs, mesh, cut=Cut(rows=2)), rows.num_tokens), None
         else:
-            log_probs = score(model, rows, token_log_probs, mesh, micro_batch_size=2)[..., 0]
-            own = score(model, rows, token_logits(config), mesh, micro_batch_size=2), log_probs
+            log_probs = score(model, rows, token_log_probs, mesh, cut=Cut(rows=2))[..., 0]
+            own = score(model, rows, token_logits(config), mesh, cut=Cut(rows=2)), log_probs
         results[name] = *own, out
     return results
 

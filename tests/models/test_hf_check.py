@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from rto_megatron.data.tokenizer import load_tokenizer
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import is_main, start_runtime
@@ -142,7 +142,7 @@ def live_model(folder, mesh, parallel, dtype="float32"):
 
 def compare(model, config, folder, tokenizer, mesh):
     try:
-        check_hf(model, config, folder, tokenizer, mesh, rows_at_once=4)
+        check_hf(model, config, folder, tokenizer, mesh, cut=Cut(rows=4))
     except CheckpointError as error:
         return str(error)
     return None

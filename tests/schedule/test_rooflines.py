@@ -20,7 +20,7 @@ from rto_megatron.schedule.rooflines import (
 )
 from rto_megatron.schedule.trace import Load, summarise
 from rto_megatron.schedule.work import Item, Sizes
-from rto_megatron.schedule.workload import Workload, dealt, padding, seconds_per_step, steady
+from rto_megatron.schedule.workload import Workload, padding, seconds_per_step, steady
 
 LARGE = Workload(prompt_tokens=205, max_new_tokens=2048)
 """1024 tokens a sample: 1024 samples of it send 21 MB a step at 20 bytes a token."""
@@ -174,11 +174,6 @@ def test_the_steady_part_of_a_run_has_all_of_a_step_and_no_more():
     assert found.makespan == pytest.approx(2 * seconds_per_step(rows))
     assert sum(found.busy.values()) + found.idle_frac * found.makespan == pytest.approx(found.makespan)
     assert sum(row.samples for row in inside if row.kind == "score") == 2 * 1024
-
-
-def test_shares_of_a_minibatch_are_as_even_as_its_samples_allow():
-    tokens = [100, 1, 1, 1, 50, 50, 1, 1]
-    assert [sum(tokens[row] for row in dealt(range(8), tokens, 2)[i : i + 4]) for i in (0, 4)] == [103, 102]
 
 
 def test_padding_is_what_the_longest_of_each_microbatch_costs():

@@ -47,7 +47,7 @@ def lagged(folder: Path, settings: list[str]) -> dict[str, torch.Tensor]:
         proximal = torch.zeros(rollout.tokens.shape)
         for pack in packs:
             rows = rollout.rows(pack.samples)
-            said = score(policy, rows, token_log_probs, setup.mesh, micro_batch_size=16)[..., 0]
+            said = score(policy, rows, token_log_probs, setup.mesh, cut=config.compute.score_cut)[..., 0]
             proximal[list(pack.samples), : said.shape[1]] = said
         experience, _ = make_experience(rollout, signals, config.rto, config.advantage, kl_coef=config.rto.kl_coef)
         experience = for_newer_policy(experience, proximal, cap=config.ppo.importance_cap)

@@ -136,4 +136,6 @@ class ComputeConfig:
     @property
     def score_cut(self) -> Cut:
         """Of what is scored."""
-        return Cut(rows=self.score_micro_batch_size, tokens=self.score_micro_batch_tokens, packed=self.packing is not False)
+        return Cut(
+            rows=self.score_micro_batch_size, tokens=self.score_micro_batch_tokens, packed=self.packing is not False
+        )

@@ -94,7 +94,8 @@ def check_run(config: Any, num_data: int) -> dict[str, Checkpoint]:
 
 
 def size_rules(config: Any, num_data: int) -> Iterator[Rule]:
-    """That the data-parallel ranks can share each batch equally."""
+    """That the data-parallel ranks can share each batch equally, and rows be packed where they must be."""
+    yield Rule(partial(check_packing, config), "a context rank has two chunks of every row, which stand in columns")
     sizes = {}
     if isinstance(config, SFTRun | DPORun | RewardRun):
         sizes = {"train.batch_size": config.train.batch_size}
@@ -151,6 +152,19 @@ def check_divides(name: str, value: int, num_data: int) -> None:
             f"{name} must be a multiple of the {num_data} data-parallel ranks, got {value}; "
             f"use {-(-value // num_data) * num_data}"
         )
+
+
+def check_packing(config: Any) -> None:
+    """Raise ConfigError if rows are to be packed where context ranks share each row's tokens."""
+    layouts = {"parallel": config.parallel}
+    if isinstance(config, RTORun) and config.schedule.critic is not None:
+        layouts["schedule.critic"] = config.schedule.critic
+    for name, layout in layouts.items():
+        if config.compute.packing and layout.context > 1:
+            raise ConfigError(
+                f"compute.packing must be null or false with {name}.context > 1, got true with {name}.context "
+                f"{layout.context}; null pads the rows of such models"
+            )
 
 
 def check_length(max_length: int, architecture: ModelConfig) -> None:

@@ -65,7 +65,9 @@ class _Head:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[n, num_rows] float32: the product in the model's dtype, everything after it in float32."""
-        logits = (hidden @ weight[: self.num_rows].T).float() / self.temperature
+        logits = (hidden @ weight[: self.num_rows].T).float()
+        if self.temperature != 1.0:
+            logits /= self.temperature
         return logits.index_fill_(1, self.banned, IMPOSSIBLE)
 
 
@@ -91,12 +93,12 @@ class _LinearLogProbs(torch.autograd.Function):
         for start in range(0, hidden.shape[0] if head.num_rows else 0, head.chunk):
             rows = slice(start, start + head.chunk)
             log_probs = head.logits(hidden[rows], weight).sub_(log_norm[rows, None])
-            probs = log_probs.exp()
-            # d log p(y) / dz = 1{y} - p;  d entropy / dz = -p (log p + entropy)
-            slope = -probs * (grad[rows, :1] + grad[rows, 1:] * (log_probs + entropy[rows, None]))
+            probs, wanted = log_probs.exp(), grad[rows] / head.temperature
+            # d log p(y) / dz = 1{y} - p;  d entropy / dz = -p (log p + entropy). In place: memory is what it costs
+            slope = log_probs.add_(entropy[rows, None]).mul_(-wanted[:, 1:]).sub_(wanted[:, :1]).mul_(probs)
             mine, index = _own(labels[rows] - head.first, head.num_rows)
-            slope.scatter_add_(1, index[:, None], torch.where(mine, grad[rows, 0], 0.0)[:, None])
-            slope = (slope / head.temperature).to(hidden.dtype)
+            slope.scatter_add_(1, index[:, None], torch.where(mine, wanted[:, 0], 0.0)[:, None])
+            slope = slope.to(hidden.dtype)
             grad_hidden[rows] = slope @ weight[: head.num_rows]
             grad_weight[: head.num_rows].add_(slope.T @ hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None
@@ -112,12 +114,15 @@ def _local_sums(logits: Tensor, labels: Tensor) -> Tensor:
     """[n, 3]: log of this rank's normaliser, its entropy within itself, and the label's logit (0 if another's)."""
     if logits.shape[1] == 0:  # a rank that holds nothing but padding
         return logits.new_tensor([-math.inf, 0.0, 0.0]).expand(logits.shape[0], 3)
-    log_norm = logits.logsumexp(-1)
     mine, index = _own(labels, logits.shape[1])
     logit = torch.where(mine, logits.gather(1, index[:, None]).squeeze(1), 0.0)
-    log_probs = logits.sub_(log_norm[:, None])
-    entropy = -(log_probs.exp().mul_(log_probs)).sum(-1)
-    return torch.stack((log_norm, entropy, logit), -1)
+    # with z counted from the largest and s = sum exp(z): entropy = log s - sum(exp(z) z) / s, in two passes over exp
+    largest = logits.amax(-1)
+    z = logits.sub_(largest[:, None])
+    weights = z.exp()
+    total = weights.sum(-1)
+    entropy = total.log() - weights.mul_(z).sum(-1) / total
+    return torch.stack((largest + total.log(), entropy, logit), -1)
 
 
 def _merge(local: Tensor, group: Any) -> tuple[Tensor, Tensor]:

@@ -190,6 +190,14 @@ LAYOUT = {
     "minibatches that replicas cannot share": Case(
         "rto", "", "error", "optimizer_step must be a multiple of the 8", options=Options(ranks=8), by="nobody"
     ),
+    "rows that are packed and shared over context ranks": Case(
+        "rto",
+        "--parallel.context=2 --compute.packing=true",
+        "error",
+        "packing must be null or false with parallel.context > 1, got true",
+        options=Options(ranks=2),
+        by="nobody",
+    ),
     "more threads than cores": Case("sft", "--compute.threads=4096", "warning", "more than the .* cores", by="nobody"),
     "a pipeline that waits": Case(
         "dpo", "--parallel.pipeline=4", "note", "4 stages: each waits 43% of a step", by="nobody"

@@ -92,7 +92,7 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of weights and activations. Log-probs, rewards, advantages and losses are float32 either way."""
-    micro_batch_tokens: int | None = 4096
+    micro_batch_tokens: int | None = 2048
     """Tokens in one forward and backward pass at most, padding included; one row (or pair) in any case; null sets no
     limit."""
     micro_batch_size: int | None = None

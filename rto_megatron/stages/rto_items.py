@@ -207,9 +207,11 @@ class RTOWork:
             self.config,
             mesh,
         )
+        contexts = state.samples.contexts(item.samples)
+        assert contexts == tasks[0].batch.num_tokens.tolist(), "the schedule and the update deal the same rows"
         sums = accumulate(tasks, mesh, cut=self.config.compute.cut)
         state.sums = {task.trainable.name: own for task, own in zip(tasks, sums, strict=True)}
-        return Outcome(load=Load(state.samples.contexts(item.samples)))
+        return Outcome(load=Load(contexts))
 
     def _optimizer(self, item: Item, state: StepState) -> Outcome:
         players = self.players

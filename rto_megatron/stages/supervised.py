@@ -92,7 +92,7 @@ def size_table(config: SupervisedRun, num_rows: int, num_eval_rows: int, num_dat
         ("rows", num_rows),
         ("held-out rows", num_eval_rows),
         ("rows per optimizer step", config.train.batch_size),
-        ("of these per replica", per_rank),
+        ("of these per replica, on average", per_rank),
         ("optimizer steps", num_steps(num_rows, config)),
     ]
 

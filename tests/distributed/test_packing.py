@@ -48,14 +48,14 @@ def every_way(parallel):
     mesh, found = build_mesh(parallel, start_runtime(threads=1), seed=0), {}
     whole, calls = batch_of(LENGTHS).to(mesh.device), Counter()
     for way, cut in WAYS.items():
-        tasks = []
+        tasks, compute = [], ComputeConfig(recompute="full" if way == "packed, by rows" else "none")
         # the first way shares rows out as they come, the others by their tokens
         contiguous = [range(n * 4, n * 4 + 4) for n in range(2)] if mesh.data.size == 2 else [range(8)]
         shares = contiguous if way == next(iter(WAYS)) else deal(LENGTHS, mesh.data.size)
         mine = whole.rows(list(shares[mesh.data.rank]))
         for role, config in (("policy", POLICY), ("critic", CRITIC)):
             kind = "policy" if role == "policy" else "value"
-            model = build_model(config, mesh, kind=kind, parallel=parallel, compute=ComputeConfig(), seed=3)
+            model = build_model(config, mesh, kind=kind, parallel=parallel, compute=compute, seed=3)
             if kind == "value" and mesh.is_last_stage:
                 model.value_head.weight.data.fill_(0.1)
             # an epsilon this large makes Adam's first step smooth: else it is the sign of a rounding error

@@ -3,9 +3,10 @@
     python -m benchmarks.packing [--repeat=3] [--only=1M]
 
 One policy, rows of log-normal length (sigma 0.7), one process with one thread. Every way computes the same gradients
-(tests/distributed/test_packing.py); they run in turn, each once before it counts. A run's floating-point operations are
-counted from the tokens that are there, padding and recomputed logits not included, and compared with the speed of one
-matrix product of 1024 x 1024 in the same process. Tables show the fastest run of each: what else a machine does only adds. Results go to benchmarks/results/packing.json.
+(tests/distributed/test_packing.py); they run in turn, forwards and backwards, each once before it counts. Tables show
+the fastest run of each, since what else a machine does only adds. Floating-point operations are counted from the tokens
+that are there, padding and logits that are computed again not included, and compared with the speed of one matrix
+product of 1024 x 1024 in the same process. Results go to benchmarks/results/packing.json.
 """
 
 import argparse

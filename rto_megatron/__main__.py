@@ -30,6 +30,7 @@ COMMANDS = {
     "doctor": "doctor.command",
     "parity": "parity.command",
     "plan": "planner.plan",
+    "preflight": "doctor.preflight",
     "report": "report.command",
     "simulate": "planner.simulate",
     "verify-resume": "stages.verify_resume",

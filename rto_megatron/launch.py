@@ -11,6 +11,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from types import FrameType
@@ -22,6 +24,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from rto_megatron.distributed.children import LAUNCHER
 from rto_megatron.errors import NOT_PROVEN, STOPPED, USER_ERROR
 
+AGENT_SECONDS = 30.0
+"""How long torchrun may go on after the last of its ranks: with its meeting point behind a cut cable, minutes."""
+
 
 def main(words: Sequence[str]) -> int:
     """Start the ranks, wait for them, and return the exit code that they agree on."""
@@ -29,6 +34,7 @@ def main(words: Sequence[str]) -> int:
     os.environ[LAUNCHER] = str(os.getpid())  # its ranks do not outlive it
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _pass_on)
+    threading.Thread(target=_end_soon_after_the_ranks, daemon=True).start()
     try:
         # the other signals end the ranks at once, as torchrun does it
         run.run(run.parse_args(["--signals-to-handle", "SIGINT,SIGHUP,SIGQUIT", *_apart(words)]))
@@ -55,6 +61,39 @@ def _pass_on(number: int, _: FrameType | None) -> None:
     for child in children:
         with suppress(ProcessLookupError):  # it has just ended
             os.kill(child.pid, number)
+
+
+def _end_soon_after_the_ranks() -> None:
+    """torchrun tells its meeting point how its ranks ended, and waits for an answer that may never come."""
+    codes: dict[int, int | None] = {}  # process -> exit code; None while it runs
+    rank_of: dict[int, int] = {}
+    since = 0.0
+    while True:
+        time.sleep(0.5)
+        for child in psutil.Process().children():
+            with suppress(psutil.Error, KeyError):
+                if child.pid not in codes:
+                    rank_of[child.pid], codes[child.pid] = int(child.environ()["RANK"]), None
+        for pid in [pid for pid, code in codes.items() if code is None]:
+            codes[pid] = _code_of(pid)
+            since = time.monotonic()
+        if codes and None not in codes.values() and time.monotonic() - since > AGENT_SECONDS:
+            by_rank = {rank_of[pid]: code or 0 for pid, code in codes.items()}
+            print(f"torchrun did not end within {AGENT_SECONDS:.0f} s of its ranks", file=sys.stderr)
+            code = _exit_code(by_rank) if any(by_rank.values()) else 0
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def _code_of(pid: int) -> int | None:
+    """Exit code of a child, which is left for torchrun to collect; None while it runs, 1 if torchrun was faster."""
+    try:
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 1
+    if ended is None:
+        return None
+    return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
 
 
 def _exit_code(codes: dict[int, int]) -> int:

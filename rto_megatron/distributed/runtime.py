@@ -9,9 +9,11 @@ import importlib.util
 import os
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -60,6 +62,8 @@ class Hardware:
     num_gpus: int
     gpu_bytes: int
     """Memory of one GPU; 0 without."""
+    driver: str = ""
+    """Version of the GPU's driver; empty where none is known."""
     torch_build: str
     """What torch was built for."""
     backend: str
@@ -84,10 +88,18 @@ def inspect_hardware() -> Hardware:
         device=f"{torch.cuda.device_count()} x {first.name}",
         num_gpus=torch.cuda.device_count(),
         gpu_bytes=first.total_memory,
+        driver=_driver(),
         torch_build=build,
         backend="nccl",
         has_backend=dist.is_nccl_available(),
     )
+
+
+def _driver() -> str:
+    with suppress(OSError):
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+        return found[0] if found else ""
+    return ""
 
 
 def rank() -> int:

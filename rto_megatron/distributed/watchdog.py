@@ -196,6 +196,7 @@ class Watchdog:
             before, looked = state, now
             limit = max(self._limits["dead_seconds"], self._item.deadline or self._limits["floor_seconds"])
             if quiet > limit:
+                self._me = replace(self._me, seconds=self._me.seconds + quiet)  # since it was last published
                 said = f"the store of the ranks does not answer, and nothing has changed for {quiet:.0f} s"
                 self._tell(said + self._known(), is_culprit=True)
                 os._exit(1)

@@ -31,9 +31,10 @@ RUN if [ -n "${APEX_REF}" ]; then \
 COPY . .
 RUN pip install -c /opt/constraints.txt -e .
 
-RUN useradd --create-home trainer
-USER trainer
+RUN userdel --remove ubuntu 2> /dev/null || true; useradd --uid 1000 --create-home trainer
+# by number, which the host knows too
+USER 1000
 WORKDIR /home/trainer
-HEALTHCHECK --interval=60s --timeout=60s --start-period=60s CMD python -m rto_megatron --version || exit 1
+HEALTHCHECK --interval=60s --timeout=60s --start-period=60s CMD ["python", "-m", "rto_megatron", "--version"]
 ENTRYPOINT ["python", "-m", "rto_megatron"]
 CMD ["--help"]

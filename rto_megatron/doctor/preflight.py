@@ -132,7 +132,7 @@ def _look(path: Path | None, words: list[str]) -> tuple[Any, Node]:
         _, config = load_any(path, words)
     except UserError as error:
         problem = str(error)
-    folder = existing(config.run_dir if hasattr(config, "run_dir") else Path.cwd())
+    folder = existing(getattr(config, "run_dir", Path.cwd()))
     places = {"run folder": folder, "temporary files": Path(tempfile.gettempdir()), "shared memory": Path("/dev/shm")}
     return config, Node(
         host=socket.gethostname(),

@@ -1,4 +1,4 @@
-"""Runs across hosts that share nothing but a disk: the bits of one host, and an end with a report when a cable is cut."""
+"""Runs across hosts that share a disk alone: the bits of one host, and an end with a report when a cable is cut."""
 
 import re
 import subprocess
@@ -36,7 +36,7 @@ def test_a_cut_cable_ends_all_ranks_with_a_report_and_the_run_goes_on_to_equal_b
             wait_for(lambda: "rto 5/20" in logs[0].read_text(), 180, logs)
             hosts[1].cut()
             cut = time.monotonic()
-            said = [rf"rank 0: the run cannot go on: rank 1 is dead", "rank 1: the store of the ranks does not answer"]
+            said = ["rank 0: the run cannot go on: rank 1 is dead", "rank 1: the store of the ranks does not answer"]
             for log, words_of_it in zip(logs, said, strict=True):
                 wait_for(lambda log=log, said=words_of_it: re.search(f"^{said}", log.read_text(), re.M), 180, logs)
             assert time.monotonic() - cut < MOST_SECONDS

@@ -83,7 +83,7 @@ def look(words, other):
     return main(None, [*words, *(other if rank() == 1 else [])])
 
 
-def test_nodes_tell_each_other(chain, tmp_path, capfd):
+def test_nodes_tell_each_other(chain, tmp_path):
     words = [*words_of("rto", chain), f"--run_dir={tmp_path}/run"]
     assert run_ranks(look, 2, words, []) == [0, 0]
     assert not list((tmp_path / "run").iterdir()), "nothing is left behind"

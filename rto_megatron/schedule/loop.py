@@ -130,6 +130,11 @@ class Loop:
                 with self._watch(None, schedule.describe()):
                     for_members += self._hear(schedule, block=True)
                 continue
+            if item.kind == "give":  # a decision, and nothing to do
+                schedule.done(self._group, item)
+                self._unsent.append((item, {}))
+                self._tell()
+                continue
             for member in self._members:
                 self._links.send(member, (item, tuple(for_members)))
             for_members.clear()

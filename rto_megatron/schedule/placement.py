@@ -16,7 +16,7 @@ class RoleMap:
     engines: tuple[int, ...]
     """Groups that write responses; lanes are dealt out to them."""
     scorers: tuple[int, ...]
-    """Groups that score packs; packs are dealt out to them."""
+    """Groups that score packs; those that write too, once they have written all."""
     policy: tuple[int, ...]
     """Groups that train the policy, each a share of every minibatch."""
     critic: tuple[int, ...]
@@ -51,14 +51,10 @@ class RoleMap:
         """The group that writes the responses of a lane."""
         return self.engines[lane * len(self.engines) // num_lanes]
 
-    def scorer_of(self, lane: int, pack: int, num_lanes: int) -> int:
-        """The group that scores a pack: the one that wrote it, or each scorer in turn.
-
-        Fixed by numbers, not by who is free: so no two groups can claim a pack, and nobody has to be asked.
-        """
-        if self.scorers == self.engines:
-            return self.engine_of(lane, num_lanes)
-        return self.scorers[(lane + pack) % len(self.scorers)]
+    def owner_of(self, lane: int, pack: int, num_lanes: int) -> int:
+        """The group that scores a pack, or gives it away: who wrote it; if that does not score, each scorer in turn."""
+        writer = self.engine_of(lane, num_lanes)
+        return writer if writer in self.scorers else self.scorers[(lane + pack) % len(self.scorers)]
 
     def moves(self, *, staleness: int, early: bool) -> bool:
         """Whether training may move the weights while responses that they wrote are unscored."""

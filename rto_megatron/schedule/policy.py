@@ -1,9 +1,10 @@
 """Which item runs next, on which group: the schedule of a run as a state machine, without a clock, torch or messages.
 
     loop of a group's leader                      what a group does, most urgent first
-        item = schedule.next(group)                   1. its program, if its next item may begin
-        ... every rank of the group runs it           2. the next pass of one of its lanes
-        schedule.done(group, item, lengths)           3. the oldest pack that it is to score; before 2. if of an
+        item = schedule.next(group)                   1. leave a pack to a group that has nothing to write
+        ... every rank of the group runs it           2. its program, if its next item may begin
+        schedule.done(group, item, lengths)           3. the next pass of one of its lanes
+                                                      4. the oldest pack that it is to score; before 3. if of an
                                                          earlier step
 
 The *program* lists training and all that groups do together; each group does its part of it, in order:
@@ -22,10 +23,12 @@ The *program* lists training and all that groups do together; each group does it
 
 A lane has prompts left or responses live, holds the right version, and writes on unless `waiting_packs` of its packs
 wait. A pack that it has closed may be scored at once; in the colocated map, once the step's last response is written.
+It is its owner's, fixed by numbers, and the owner alone may give it away, once: so no two groups claim a pack.
 
 As everybody meets the shared items in one order, no two groups can wait for each other in different ones. Who decodes
-which lane and scores which pack is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks
-(`lane.py`): time decides only when, so the weights come out the same however long anything takes.
+which lane is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks (`lane.py`). Time decides only
+when something is done, and by whom a pack is scored, which all do alike: so the weights come out the same however long
+anything takes.
 
 Responses of step i are written and judged by version max(0, i - staleness): version v is the weights after v steps.
 So at a boundary with staleness 1 the next step's samples are there, written and scored by weights that are gone: they
@@ -44,6 +47,8 @@ from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.work import Item, Sizes, StepInput
 
 INFINITY = float("inf")
+HELD = 4
+"""Packs that a group may hold and still be given none: it scores them while the next are on their way."""
 
 
 class Schedule:
@@ -88,11 +93,13 @@ class Schedule:
         self._heads: dict[int, Item | None] = {group: next(self._programs[group], None) for group in placement.groups}
         self._ended: Counter[tuple] = Counter()
         self._running: dict[int, Item] = {}
-        self._lanes_of: dict[int, list[int]] = {group: [] for group in placement.groups}
+        self._lanes_of: dict[int, list[int]] = {group: [] for group in placement.engines}
         for lane in range(sizes.lanes):
             self._lanes_of[placement.engine_of(lane, sizes.lanes)].append(lane)
         self._refits: Counter[tuple[int, str]] = Counter()
         self._to_score: dict[int, list[Pack]] = {group: [] for group in placement.scorers}
+        self._given_away: set[tuple[int, int, int]] = set()
+        """Step, lane and number of packs that are not their owner's any more."""
 
     @property
     def finished(self) -> bool:
@@ -103,11 +110,14 @@ class Schedule:
         """What `group` runs now; None if it has to wait until something else is done."""
         if group in self._running:
             raise ValueError(f"group {group} asks for work and has not said that {self._running[group].key} is done")
-        item = self._of_program(group)
-        if item is None:
-            lane, pack = self._of_lanes(group), self._of_packs(group)
-            # a pack of an earlier step comes before the lanes: training waits for it, and with it the next weights
-            item = pack if pack and (lane is None or pack.step < lane.step) else lane
+        program = self._of_program(group)
+        lane = None if program else self._of_lanes(group)
+        packs = self._ready(group)
+        if gift := self._gift(group, packs, is_free=program is None and lane is None):
+            return gift
+        pack = self._pack_item(group, packs[0]) if packs else None
+        # a pack of an earlier step comes before the lanes: training waits for it, and with it the next weights
+        item = program or (pack if pack and (lane is None or pack.step < lane.step) else lane)
         if item is not None:
             self._running[group] = item
         return item
@@ -124,6 +134,8 @@ class Schedule:
         self._running.pop(group, None)
         if item.kind in ("prefill", "decode"):
             self._pass_made(item, lengths or {})
+        elif item.kind == "give":
+            self._pack_given(group, item)
         elif item.kind == "score":
             self._pack_scored(group, item)
         else:
@@ -241,7 +253,7 @@ class Schedule:
     def _of_lanes(self, group: int) -> Item | None:
         # One more than are in flight: the refit of scorers may still wait when engines already have theirs.
         for number in range(self._oldest, min(self._oldest + self.staleness + 2, self.sizes.num_steps)):
-            mine = [lane for lane in self._lanes_of[group] if not self._step(number).lanes[lane].drained]
+            mine = [lane for lane in self._lanes_of.get(group, ()) if not self._step(number).lanes[lane].drained]
             if not mine:
                 continue
             free = [lane for lane in mine if self._has_credit(lane)]
@@ -287,13 +299,42 @@ class Schedule:
         if item != self._lane_item(item.step, item.lane):
             raise ValueError(f"{item.key} is done, and is not the next pass of lane {item.lane}")
         for pack in self._step(item.step).lanes[item.lane].advance(lengths):
-            self._to_score[self.placement.scorer_of(pack.lane, pack.number, self.sizes.lanes)].append(pack)
+            self._to_score[self.placement.owner_of(pack.lane, pack.number, self.sizes.lanes)].append(pack)
 
     # The packs: scoring.
 
-    def _of_packs(self, group: int) -> Item | None:
-        ready = [pack for pack in self._to_score.get(group, ()) if self._may_score(group, pack)]
-        return self._pack_item(group, min(ready, key=lambda pack: pack.age)) if ready else None
+    def _ready(self, group: int) -> list[Pack]:
+        """The packs that a group may score now, oldest first."""
+        packs = (pack for pack in self._to_score.get(group, ()) if self._may_score(group, pack))
+        return sorted(packs, key=lambda pack: pack.age)
+
+    def _gift(self, group: int, ready: list[Pack], *, is_free: bool) -> Item | None:
+        """A pack of its own that a group leaves to another that scores, writes nothing and holds few packs.
+
+        Args:
+            is_free: it could score the first of them itself, now.
+        """
+        own = [pack for pack in ready if (pack.step, pack.lane, pack.number) not in self._given_away]
+        if not self.placement.streams or len(own) <= is_free:
+            return None
+        pack = own[is_free]
+        takers = [
+            other
+            for other in self.placement.scorers
+            if other != group
+            and all(self._step(pack.step).lanes[lane].drained for lane in self._lanes_of.get(other, ()))
+            and len(self._to_score[other]) < HELD
+            and self._may_score(other, pack)
+        ]
+        if not takers:
+            return None
+        taker = min(takers, key=lambda other: (len(self._to_score[other]), other))
+        return replace(self._pack_item(group, pack), kind="give", to=taker)
+
+    def _pack_given(self, group: int, item: Item) -> None:
+        pack = self._take_out(group, replace(item, kind="score", to=-1))
+        self._given_away.add((pack.step, pack.lane, pack.number))
+        self._to_score[item.to].append(pack)
 
     def _may_score(self, group: int, pack: Pack) -> bool:
         if not self.placement.streams and not self._step(pack.step).drained:
@@ -313,11 +354,15 @@ class Schedule:
         )
 
     def _pack_scored(self, group: int, item: Item) -> None:
+        pack = self._take_out(group, item)
+        self._given_away.discard((pack.step, pack.lane, pack.number))
+        self._step(pack.step).scored.update(pack.samples)
+
+    def _take_out(self, group: int, item: Item) -> Pack:
         for pack in self._to_score.get(group, ()):
             if self._pack_item(group, pack) == item:
                 self._to_score[group].remove(pack)
-                self._step(pack.step).scored.update(pack.samples)
-                return
+                return pack
         raise ValueError(f"group {group} has scored {item.key}, which does not wait there")
 
     def _step(self, number: int) -> "_Step":

@@ -65,7 +65,9 @@ def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: f
     idle, order, now = set(schedule.placement.groups), count(), 0.0
     while not schedule.finished:
         for group in sorted(idle):
-            if (item := schedule.next(group)) is None:
+            while (item := schedule.next(group)) is not None and item.kind == "give":
+                schedule.done(group, item)
+            if item is None:
                 continue
             idle.remove(group)
             waiting = arrived.setdefault((item.key, item.groups), set())
@@ -91,6 +93,11 @@ def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: f
 
 
 def replay(rows: Sequence[Row]) -> Cost:
-    """The cost that each item had in a trace."""
+    """The cost that each item had in a trace; packs may be given to others there than here."""
     seconds = {row.key: row.seconds for row in rows}
-    return lambda item, load, group: seconds[(group, *item.key)]
+    packs = {row.key[1:]: row.seconds for row in rows if row.kind == "score"}
+
+    def cost(item: Item, load: Load, group: int) -> float:
+        return packs[item.key] if item.kind == "score" else seconds[(group, *item.key)]
+
+    return cost

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-Kind = Literal["prefill", "decode", "score", "proximal", "advantage", "train", "optimizer", "refit", "boundary"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-"""In the order in which a sample meets them."""
+Kind = Literal["prefill", "decode", "give", "score", "proximal", "advantage", "train", "optimizer", "refit", "boundary"]
+KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "give")
+"""Those that take time and leave a trace row, in the order in which a sample meets them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,7 @@ class Item:
     |-----------|-----------------------------------------------------------------------|-----------|-----------------|
     | prefill   | reads the prompts of `samples` and draws their first tokens           | of lane   |                 |
     | decode    | draws `num_steps` tokens of each of `samples`; fewer if all have ended | of lane   |                 |
+    | give      | leaves the scoring of `samples` to the group `to`                     | of lane   |                 |
     | score     | asks every role about `samples`                                       | of lane   |                 |
     | proximal  | asks the policy, as it is before its update, about `samples` too      |           |                 |
     | advantage | token rewards, advantages and returns of `samples`, once all are there | minibatch |                 |
@@ -35,7 +36,7 @@ class Item:
     number: int
     """Counts the lane's passes, the lane's packs, the step's minibatches, or versions, each from 0."""
     lane: int = -1
-    """Whose samples these are (prefill, decode, score)."""
+    """Whose samples these are (prefill, decode, give, score)."""
     role: str = ""
     samples: tuple[int, ...] = ()
     """Rows of the step."""
@@ -43,6 +44,8 @@ class Item:
     """Tokens that each sample may get."""
     version: int = 0
     """Of the weights that it uses, or brings (refit): how many steps they have been trained for."""
+    to: int = -1
+    """The group that is given a pack."""
 
     @property
     def key(self) -> tuple:

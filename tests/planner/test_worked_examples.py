@@ -1,4 +1,4 @@
-"""The worked examples: each row within a quarter of the published number, each ratio within a tenth, or a reason."""
+"""The worked examples: each row within a quarter of the published number, each ratio within a tenth."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ ROWS = compared()
 
 @pytest.mark.parametrize("found", ROWS, ids=lambda found: f"{found.example.case}-{found.example.row}")
 def test_a_row_is_what_was_worked_out_by_hand(found):
-    assert found.within or found.example.exception, (
+    assert found.within, (
         f"{found.example.published} s published, {found.seconds:.2f} s simulated: {found.ratio:.2f}; "
         f"of rows {found.to_measure:.2f}"
     )
@@ -31,12 +31,6 @@ def test_a_row_is_what_was_worked_out_by_hand(found):
 def test_what_a_schedule_gains(case, row, against, gain):
     seconds = {(found.example.case, found.example.row): found.seconds for found in ROWS}
     assert seconds[case, against] / seconds[case, row] == pytest.approx(gain, rel=0.1)
-
-
-def test_few_rows_are_exceptions_and_each_says_why():
-    off = [found for found in ROWS if not found.within]
-    assert len(off) <= 5
-    assert all(len(found.example.exception.split()) > 5 for found in off)
 
 
 def test_no_schedule_is_faster_than_its_bound():

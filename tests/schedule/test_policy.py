@@ -19,6 +19,11 @@ from tests.schedule.runs import Case, cases, many, run
 timings = st.integers(0, 10**6)
 
 
+def who_did_what(ran):
+    """(group, item) of all that ran; who scored a pack is a matter of time, and left out."""
+    return {(-1, replace(item, groups=())) if item.kind == "score" else (group, item) for group, item in ran}
+
+
 def trained_as(role, done, **wanted):
     """Train items of a role, on its own groups or together with the other."""
     return done.of("train", role=role, **wanted) + done.of("train", role="both", **wanted)
@@ -164,7 +169,7 @@ def test_queues_are_bounded(case, timing):
 @given(cases(), timings, timings, st.floats(0, 3))
 def test_packs_minibatches_and_their_order_are_the_same_for_any_timing(case, one, other, latency):
     def cut(done):
-        items = {(row.group, item) for row, item in done.ran}
+        items = who_did_what((row.group, item) for row, item in done.ran)
         programs = {
             group: [item for row, item in done.ran if row.group == group and item.lane < 0]
             for group in case.placement.groups
@@ -183,12 +188,12 @@ def test_a_run_that_goes_on_at_a_boundary_does_what_it_would_have_done(case, dat
     rest = run(case, timing=timing, first_step=first, handed_over=handed)
     whole = [(row.group, item) for row, item in run(case).ran]
     lanes = ("prefill", "decode", "score")
-    expected = {
+    expected = who_did_what(
         (group, item)
         for group, item in whole
         if item.step >= first and not (handed and item.step == first and item.kind in lanes)
-    }
-    assert {(row.group, item) for row, item in rest.ran} == expected
+    )
+    assert who_did_what((row.group, item) for row, item in rest.ran) == expected
 
 
 @many
@@ -245,7 +250,7 @@ def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(
             ended = responses.write(item)[0] if item.kind in ("prefill", "decode") else {}
             for member in item.groups:
                 mine = busy.pop(member)
-                ran.add((member, mine))
+                ran |= who_did_what([(member, mine)] if mine.kind != "give" else [])
                 leaders[member].done(member, mine, ended)
                 letter = inboxes[member].letter((mine, ended))
                 for other in groups:
@@ -253,7 +258,7 @@ def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(
                         on_the_way[other].append(letter)
     else:
         pytest.fail("the leaders wait for each other")
-    assert ran == {(row.group, item) for row, item in run(case).ran}
+    assert ran == who_did_what((row.group, item) for row, item in run(case).ran)
 
 
 def sizes(**changed) -> Sizes:
@@ -276,6 +281,22 @@ def test_fused_scores_while_another_group_decodes():
     done = run(case_of(fused(2), slice_steps=4, pack_tokens=20), timing=None)
     last = max(row.end for row, _ in done.of("decode", step=0))
     assert min(row.start for row, _ in done.of("score", step=0)) < last
+
+
+@pytest.mark.parametrize("placement", [fused(2), split(2, 1, score="all"), split(2, 1, score="rollout")])
+def test_who_has_written_all_scores_for_who_writes(placement):
+    class Uneven(Case):
+        """The second half of the samples, which are the other lane's, are long."""
+
+        def lengths(self, step):
+            return [1 + 60 * (sample >= 12) + sample for sample in range(24)]
+
+    case = case_of(placement, samples=24, minibatch=12, slots=3, pack_tokens=1, num_steps=1)
+    done = run(Uneven(**vars(case)), timing=None)
+    first, _ = placement.engines
+    drained = max(row.end for row, item in done.of("decode") if row.group == first)
+    theirs = [row for row, item in done.of("score") if item.lane == 1 and row.group == first]
+    assert theirs and all(row.start >= drained for row in theirs)
 
 
 def test_early_minibatches_take_responses_in_the_order_in_which_they_end():

@@ -309,13 +309,13 @@ class Schedule:
         return sorted(packs, key=lambda pack: pack.age)
 
     def _gift(self, group: int, ready: list[Pack], *, is_free: bool) -> Item | None:
-        """A pack of its own that a group leaves to another that scores, writes nothing and holds few packs.
+        """A pack of its own that a group which writes leaves to another that scores, writes nothing and holds few.
 
         Args:
             is_free: it could score the first of them itself, now.
         """
         own = [pack for pack in ready if (pack.step, pack.lane, pack.number) not in self._given_away]
-        if not self.placement.streams or len(own) <= is_free:
+        if not self.placement.streams or group not in self._lanes_of or len(own) <= is_free:
             return None
         pack = own[is_free]
         takers = [

@@ -22,6 +22,11 @@ def _reward_share(term: str) -> dict[str, str]:
     return {f"reward/{term}_share": f"Part of the return that the {term} term makes up: {meaning}"}
 
 
+def _alarms(*names: str) -> dict[str, str]:
+    """Health alarms, in the words of the docs."""
+    return {f"alarm/{name}": f"1 while the alarm {name} rings, else 0; see docs/health.md" for name in names}
+
+
 METRICS: dict[str, str] = {
     # Token rewards
     **_reward_term("total", "Token reward, all terms"),
@@ -108,6 +113,25 @@ METRICS: dict[str, str] = {
     "eval/kl": "k1 summed over a response to a held-out prompt; mean over responses (nats)",
     "eval/response_length": "Length of a response to a held-out prompt, EOS included; mean (tokens)",
     "eval/truncated_frac": "Responses to held-out prompts that filled the window (share of 1)",
+    # Health
+    "health/dpo_positive_frac": "Response tokens that the DPO policy likes more than the reference does (share of 1)",
+    "health/score_length_correlation": "Correlation of score and length over a step's responses, 16 or more (-1 to 1)",
+    "health/repetition": "Trigrams of a response that it has had before; mean over responses (share of 1)",
+    "health/dpo_accuracy": "Held-out pairs whose chosen side earns more DPO reward; once, at the start (share of 1)",
+    **_alarms(
+        "term_share",
+        "kl_share",
+        "dpo_clip",
+        "score_clip",
+        "ppo_clip",
+        "sign_balance",
+        "length_correlation",
+        "repetition",
+        "entropy",
+        "dpo_accuracy",
+        "explained_variance",
+        "decode_mismatch",
+    ),
     # Checkpoints
     "checkpoint/write_seconds": "From the start of a save to its name in the tracker; at the step after (seconds)",
     "checkpoint/bytes": "Size of that checkpoint (bytes)",

@@ -10,7 +10,7 @@ from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-from rto_megatron.config.report import CreditConfig
+from rto_megatron.config.report import AlarmsConfig, CreditConfig
 from rto_megatron.config.schedule import ScheduleConfig
 
 
@@ -158,6 +158,7 @@ class RTORun:
     """Of all roles but those that `schedule` names on ranks of their own."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     credit: CreditConfig = field(default_factory=CreditConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0

@@ -8,6 +8,7 @@ from rto_megatron.errors import ConfigError
 PAGES = {
     "timeline": "what ran when, on every rank",
     "credit": "what every token of held-out responses earned, at the start and now",
+    "curves": "metrics of several runs over one another, with bands over seeds",
 }
 """Page -> what it shows; `report/PAGE_command.py` draws it."""
 

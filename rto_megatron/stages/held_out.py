@@ -1,20 +1,24 @@
 """How a policy does on prompts that nothing was trained on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from rto_megatron.algorithms.dpo import sequence_log_probs
+from rto_megatron.algorithms.rewards import dpo_token_rewards
 from rto_megatron.batch import Rollout, Signals
 from rto_megatron.config.run import EvaluateRun, RTORun
 from rto_megatron.credit.page import PAGE, draw_run
 from rto_megatron.credit.record import Evaluation, describe, file_of, num_stored, write_evaluation
-from rto_megatron.data.collate import prompt_batch
-from rto_megatron.data.readers import PromptRow, read_prompts
+from rto_megatron.data.collate import collate_preferences, prompt_batch
+from rto_megatron.data.readers import PreferenceRow, PromptRow, read_preferences, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
+from rto_megatron.distributed.step import score_all, token_log_probs
+from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.rollout.responses import generate
@@ -76,6 +80,44 @@ def answer(
     return Answers(rollout=gather_rows(local, mesh).rows(count), signals=gather_rows(signals, mesh).rows(count))
 
 
+MOST_PAIRS = 256
+"""Held-out pairs on which the DPO reward is measured."""
+
+
+def dpo_accuracy(
+    pairs: Sequence[PreferenceRow], judges: Judges, config: RTORun, tokenizer: Tokenizer, mesh: Mesh
+) -> float:
+    """Share of pairs whose chosen side earns more DPO reward in all, clipped as in training; a tie counts half."""
+    assert judges.dpo is not None
+    batch = collate_preferences([pairs[i] for i in share_of(len(pairs), mesh)], tokenizer.pad_id)
+    batch = batch.to(mesh.device)
+    asks = [(judges.reference, token_log_probs), (judges.dpo, token_log_probs)]
+    reference, dpo = score_all(asks, batch, mesh, micro_batch_size=config.compute.score_micro_batch_size)
+    rewards, _ = dpo_token_rewards(
+        dpo_log_probs=dpo[..., 0],
+        ref_log_probs=reference[..., 0],
+        response_mask=batch.response_mask,
+        dpo_coef=config.rto.dpo_coef,
+        dpo_clip=config.rto.dpo_clip,
+    )
+    chosen, rejected = rewards.double().sum(-1).view(-1, 2).unbind(-1)
+    wins = gather_over_data(chosen - rejected, mesh)[: len(pairs)]
+    return ((wins > 0).double() + (wins == 0).double() / 2).mean().item()
+
+
+def _pairs_of(config: RTORun, tokenizer: Tokenizer) -> list[PreferenceRow]:
+    """Held-out rows that are pairs and fit into the window; rows that are only prompts are passed over."""
+    assert config.data.eval is not None
+    window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    try:
+        pairs, _ = read_preferences(
+            config.data.eval, tokenizer, max_length=window, too_long="drop", refuse=lambda _: None
+        )
+    except DataError:  # none is left: the prompts have been read without one
+        return []
+    return pairs[:MOST_PAIRS]
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The held-out prompts of an RTO run, and when to answer them."""
@@ -84,6 +126,8 @@ class HeldOut:
     config: RTORun
     sentence_ends: Tensor | None = None
     """[V] bool, ids that close a sentence; for `rto.shaping: sentence` only."""
+    pairs: list[PreferenceRow] = field(default_factory=list)
+    """Those of data.eval that are preference pairs: the DPO reward is held against them."""
 
     @classmethod
     def of_run(cls, config: RTORun, tokenizer: Tokenizer, sentence_ends: Tensor | None = None) -> "HeldOut":
@@ -92,7 +136,8 @@ class HeldOut:
             return cls([], config)
         limit = config.rollout.max_prompt_tokens
         prompts, _ = read_prompts(config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long)
-        return cls(prompts, config, sentence_ends)
+        pairs = _pairs_of(config, tokenizer) if config.rto.dpo_coef else []
+        return cls(prompts, config, sentence_ends, pairs)
 
     def is_due(self, step: int) -> bool:
         """Whether to measure before `step`."""
@@ -115,7 +160,10 @@ class HeldOut:
         answers = answer(policy, self.prompts, self.config, judges, tokenizer, mesh, critic if shows_credit else None)
         if shows_credit and writes:
             self._write_credit(at, answers, tokenizer, has_critic=critic is not None)
-        return answers.metrics()
+        accuracy = {}
+        if self.pairs and at.step == 0:  # the judges are frozen: it stays what it is
+            accuracy = {"health/dpo_accuracy": dpo_accuracy(self.pairs, judges, self.config, tokenizer, mesh)}
+        return answers.metrics() | accuracy
 
     def _write_credit(self, at: Progress, answers: Answers, tokenizer: Tokenizer, *, has_critic: bool) -> None:
         """Store the credit of each token, and draw the page of the run."""

@@ -8,7 +8,7 @@ never stopped: in float32, in the same layout.
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +37,17 @@ from rto_megatron.metrics import Console
 
 TrainingRun = SFTRun | DPORun | RewardRun | RTORun
 
-FREE = ("run_dir", "parallel.", "compute.", "checkpoint.", "eval_every", "train.eval_every", "schedule.", "credit.")
+FREE = (
+    "run_dir",
+    "parallel.",
+    "compute.",
+    "checkpoint.",
+    "eval_every",
+    "train.eval_every",
+    "schedule.",
+    "credit.",
+    "alarms.",
+)
 """Beginnings of settings that a run may change on its way: where and how it is computed, not what."""
 
 FIXED = ("schedule.staleness", "schedule.minibatches")
@@ -67,6 +77,10 @@ LENGTHS = ("num_steps", "train.num_epochs", "train.max_steps")
 """A run may be made longer; its learning-rate schedule becomes that of the new length."""
 
 
+ALARM = "alarm."
+"""Before the names of alarms among the numbers of a manifest."""
+
+
 @dataclass(kw_only=True)
 class Progress:
     """What moves from step to step beside weights and optimizers."""
@@ -80,9 +94,22 @@ class Progress:
     best: float | None = None
     """The best held-out number at which a checkpoint was saved, with checkpoint.keep_best."""
 
+    first_entropy: float | None = None
+    """Of the policy in the run's first step, nats: what its later entropy is compared with."""
+    alarms: dict[str, float] = field(default_factory=dict)
+    """States of health alarms that ring or may begin to; see `algorithms/alarms.py`."""
+
     def numbers(self) -> dict[str, float]:
         """As a manifest holds them."""
-        return {name: value for name, value in vars(self).items() if name != "step" and value is not None}
+        plain = {n: value for n, value in vars(self).items() if n not in ("step", "alarms") and value is not None}
+        return plain | {ALARM + name: state for name, state in self.alarms.items()}
+
+    @classmethod
+    def of_numbers(cls, step: int, numbers: Mapping[str, float]) -> "Progress":
+        """What a manifest holds."""
+        alarms = {name.removeprefix(ALARM): state for name, state in numbers.items() if name.startswith(ALARM)}
+        plain: dict[str, Any] = {name: value for name, value in numbers.items() if not name.startswith(ALARM)}
+        return cls(step=step, **plain, alarms=alarms)
 
 
 class Checkpoints:
@@ -125,7 +152,7 @@ class Checkpoints:
             return progress
         if missing := sorted(progress.numbers().keys() - own.manifest.progress.keys()):
             raise CheckpointError(f"{own.folder}/checkpoint.json: lacks progress.{missing[0]}; train again")
-        begun: dict[str, Any] = own.manifest.progress
+        begun = own.manifest.progress
         if progress.lanes != begun.get("lanes"):
             raise ConfigError(
                 f"schedule.lanes: a step has {progress.lanes} on these ranks, but the run in {self.config.run_dir} "
@@ -138,7 +165,7 @@ class Checkpoints:
             elif trainable:
                 trainable.optimizer.reload_model_params()
         self._first_step = own.manifest.step
-        return Progress(step=own.manifest.step, **begun)
+        return Progress.of_numbers(own.manifest.step, begun)
 
     def after(
         self,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rto_megatron.algorithms.health import correlation, positive_share, repetition
 from rto_megatron.algorithms.kl import kl_estimates
 from rto_megatron.algorithms.masked import last_response_token
 from rto_megatron.algorithms.ppo import importance_weights
@@ -11,6 +12,9 @@ from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.algorithm import RTOConfig
 from rto_megatron.metrics import Max, Mean, take
 from rto_megatron.rollout.experience import Credit
+
+LEAST_SAMPLES = 16
+"""Of a correlation: one of fewer is mostly chance."""
 
 
 def step_metrics(
@@ -21,6 +25,7 @@ def step_metrics(
         rollout_metrics(rollout, signals)
         | signal_metrics(rollout, signals, config)
         | credit_metrics(rollout, experience, credit)
+        | health_metrics(rollout, signals)
     )
 
 
@@ -99,6 +104,17 @@ def credit_metrics(rollout: Rollout, experience: Experience, credit: Credit) -> 
         | _spread("advantage/", experience.advantages, mask)
         | {"critic/explained_variance": _explained(experience)}
     )
+
+
+def health_metrics(rollout: Rollout, signals: Signals) -> dict[str, float]:
+    """What only alarms need; numbers that the samples do not tell are left out."""
+    mask, few = rollout.response_mask, len(rollout) < LEAST_SAMPLES
+    found = {
+        "health/dpo_positive_frac": positive_share(signals.dpo_log_probs - signals.ref_log_probs, mask),
+        "health/score_length_correlation": None if few else correlation(signals.scores, mask.sum(-1)),
+        "health/repetition": repetition(rollout.tokens, mask).mean().item(),
+    }
+    return {name: number for name, number in found.items() if number is not None}
 
 
 def speed_metrics(rollout: Rollout, seconds: dict[str, float]) -> dict[str, float]:

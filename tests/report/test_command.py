@@ -62,7 +62,7 @@ def test_steps_must_be_two_numbers_in_order(tmp_path, capsys, steps):
 
 @pytest.mark.parametrize(("words", "got"), [([], "none"), (["heatmap", "runs/x"], "'heatmap'"), (["--out=x"], "none")])
 def test_a_page_must_be_named(capsys, words, got):
-    assert f"report needs the name of a page, one of timeline, credit, got {got}" in refused(capsys, *words)
+    assert f"report needs the name of a page, one of timeline, credit, curves, got {got}" in refused(capsys, *words)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,9 @@ def test_help_lists_the_pages(capsys):
     assert "what ran when, on every rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("page", "option"), [("timeline", "--simulated"), ("credit", "--checkpoint")])
+@pytest.mark.parametrize(
+    ("page", "option"), [("timeline", "--simulated"), ("credit", "--checkpoint"), ("curves", "--group")]
+)
 def test_help_of_a_page_lists_its_options(capsys, page, option):
     with pytest.raises(SystemExit) as stopped:
         main(["report", page, "--help"])

@@ -122,7 +122,7 @@ def test_a_healthy_batch_rings_nothing_and_every_alarm_can_tell():
 
 
 def test_of_the_quickstart_only_its_dpo_policy_rings():
-    """Its worst numbers on the way, as measured on CPU; its DPO run is no better than a coin on its 47 held-out pairs."""
+    """Its worst numbers on the way, as measured on CPU; its DPO run is no better than a coin on 47 pairs."""
     numbers = {
         "reward/dpo_share": 0.0309, "reward/kl_share": 0.0361, "reward/score_share": 0.9147,
         "reward/dpo_clip_frac": 0.0068, "reward/score_clip_frac": 0.0, "ppo/clip_frac": 0.0183,

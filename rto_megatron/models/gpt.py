@@ -66,8 +66,11 @@ class PolicyModel(GPTModel):
         # because the next token may be another context rank's
         following = (F.pad(x[:, 1:], (0, 1)) for x in (loss_mask, input_ids))
         predicts, labels = (own_columns(x, context, dim=1) for x in following)
+        # picked out of the sequence-first tensor as it lies: the gradient of a transposed one is not contiguous, and
+        # Megatron's sum of it over tensor ranks (0.16.1: all_reduce of a contiguous copy) is then lost
+        rows, columns = predicts.nonzero(as_tuple=True)
         scored = linear_log_probs(
-            hidden.transpose(0, 1)[predicts],
+            hidden[columns, rows],
             self.output_weight(),
             labels[predicts],
             group=group,
@@ -77,7 +80,7 @@ class PolicyModel(GPTModel):
             banned_ids=self.banned_ids,
         )
         out = hidden.new_zeros(*predicts.shape, 2, dtype=torch.float32)
-        out = out.index_put(predicts.nonzero(as_tuple=True), scored)
+        out = out.index_put((rows, columns), scored)
         return F.pad(whole_rows(out, context, dim=1)[:, :-1], (0, 0, 1, 0))
 
     def output_weight(self) -> Tensor:

@@ -11,7 +11,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint types golden gpu-check
+.PHONY: help venv quickstart test test-all lint types golden bench bench-more gpu-check
 
 help:
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,27 @@ types: $(VENV)/.dev ## type check
 
 golden: $(VENV)/.installed ## our formulas against the numbers of the paper's own code
 	$(PY) tools/check_golden.py tests/golden
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) install --quiet -c $(VENV)/constraints.txt -e '.[bench]'
+	@touch $@
+
+# Models are made once for the benchmarks that share them.
+BENCH_INPUTS := $(or $(TMPDIR),/tmp)/rto_megatron-bench-$(shell id -u)
+
+bench: $(VENV)/.bench ## ours beside TRL, the paper's loop and transformers; share of the matmul peak (about 12 minutes)
+	rm -rf $(BENCH_INPUTS)
+	$(PY) -m benchmarks.trl_ppo --inputs $(BENCH_INPUTS)
+	$(PY) -m benchmarks.paper_loop --inputs $(BENCH_INPUTS)
+	$(PY) -m benchmarks.throughput
+	$(PY) -m benchmarks.decode
+
+bench-more: $(VENV)/.bench ## one setting at a time; cost against tokens, size and ranks; what schedule and packing cost
+	$(PY) -m benchmarks.ablation --inputs $(BENCH_INPUTS)
+	$(PY) -m benchmarks.scaling --inputs $(BENCH_INPUTS)
+	$(PY) -m benchmarks.packing
+	$(PY) -m benchmarks.event_loop
+	$(PY) -m benchmarks.schedule_maps
 
 gpu-check: $(VENV)/.dev ## what needs an NVIDIA GPU; VENV may name an environment that has the gpu extra
 	$(PY) -m pytest -m gpu tests/gpu

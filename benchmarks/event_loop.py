@@ -10,6 +10,7 @@ processes, with TP 1 x DP 2 and with TP 2. Results go to benchmarks/results/even
 import argparse
 import json
 import os
+import random
 import tempfile
 import time
 from itertools import pairwise
@@ -54,13 +55,7 @@ def main() -> None:
 
 def make_inputs(folder: Path) -> None:
     """A tokenizer, pairs, and runs `sft`, `dpo` and `reward` of two steps: weights that need not be good."""
-    from tools.train_tokenizer import train
-
-    some = TEXT.split()
-    texts = [" ".join(some[(i * k + i) % len(some)] for k in range(1, 4 + i % 9)) for i in range(64)]
-    (folder / "tokenizer.model").write_bytes(train(iter(texts * 4), vocab_size=384))
-    rows = [{"prompt": t, "chosen": f"{t} {t}", "rejected": t[::-1], "response": t} for t in texts]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder)
     train_words = [
         f"--data.train={folder}/rows.jsonl",
         "--train.max_steps=2",
@@ -72,6 +67,19 @@ def make_inputs(folder: Path) -> None:
     for stage in ("sft", "dpo", "reward"):
         own = start.get(stage, [f"--start={folder}/sft"])
         launch(1, "-m", "rto_megatron", stage, f"--run_dir={folder}/{stage}", *own, *train_words)
+
+
+def write_rows(folder: Path, vocab_size: int = 384) -> None:
+    """A tokenizer of so many ids, and rows that serve as prompts, answers and pairs."""
+    from tools.train_tokenizer import train
+
+    some = TEXT.split()
+    texts = [" ".join(some[(i * k + i) % len(some)] for k in range(1, 4 + i % 9)) for i in range(64)]
+    stream, letters = random.Random(0), "abcdefghijklmnopqrstuvwxyz"
+    made_up = ["".join(stream.choices(letters, k=8)) for _ in range(vocab_size - 384)]  # enough for as many pieces
+    (folder / "tokenizer.model").write_bytes(train(iter([*texts * 4, *made_up]), vocab_size=vocab_size))
+    rows = [{"prompt": t, "chosen": f"{t} {t}", "rejected": t[::-1], "response": t} for t in texts]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def words_of(inputs: Path, run_dir: Path, layout: str, schedule_map: str, steps: int) -> list[str]:

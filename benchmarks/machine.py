@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -12,16 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
 
 
-def launch(num_ranks: int, *words: str) -> None:
-    """Start ranks, one thread each, and wait for them."""
+def launch(num_ranks: int, *words: str, threads: int = 1) -> None:
+    """Start ranks of so many threads each, and wait for them."""
     command = [sys.executable, "-m", "rto_megatron.launch", "--standalone", f"--nproc-per-node={num_ranks}", *words]
     with tempfile.TemporaryFile("w+") as log:
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, stdout=log, stderr=subprocess.STDOUT
         )
         if done.returncode:
             log.seek(0)
@@ -40,6 +43,16 @@ def machine(*packages: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "megatron-core", *packages)},
     }
+
+
+def resident_bytes() -> int:
+    """Memory of this process now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

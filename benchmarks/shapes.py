@@ -18,8 +18,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_layers": 10, "hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8, "num_query_groups": 4,
     },
 }  # fmt: skip
-"""Llama-style shapes by about how many parameters they have with the vocabulary below."""
-VOCAB = {"1M": 512, "8M": 2048, "32M": 4096}
+"""Llama-style shapes by about how many parameters their layers have."""
+VOCAB = {"1M": 512, "8M": 8192, "32M": 16384}
+"""Of the larger ones, so that the output layer is a quarter of the parameters, as it is of Llama 3.2 1B."""
 MAX_LENGTH = 512
 SIGMA = 0.7
 """Of log-normal response lengths: the spread that published traces of RLHF have."""

@@ -125,12 +125,24 @@ def build_model(
         pg_collection=mesh.groups,
     )
     model.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
+    if mesh.is_first_stage:
+        model.embedding.register_forward_hook(_plain_strides)
     model.true_vocab, model.max_length = config.vocab_size, config.max_length
     if isinstance(model, PolicyModel):
         model.temperature, model.log_prob_chunk, model.banned_ids = temperature, compute.log_prob_chunk, banned_ids
     if seed is not None:
         initialize(model, config, seed=seed)
     return model.to(mesh.device)
+
+
+def _plain_strides(_module: Any, _inputs: Any, embeddings: Tensor) -> Tensor:
+    """[T, 1, hidden] with the stride of a contiguous tensor in its dimension of size 1 too.
+
+    Megatron transposes [1, T, hidden] and leaves the stride T * hidden there. torch's matmul then takes another way
+    where the weight is frozen than where it is trained, a slower one with other last bits: a policy that has learned
+    nothing yet differed from its reference.
+    """
+    return embeddings.view(embeddings.shape)
 
 
 def transformer_config(

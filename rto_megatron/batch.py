@@ -144,7 +144,11 @@ class Signals(_Rows):
     num_tokens: Tensor
     """[B] int64: tokens before the padding."""
     policy_log_probs: Tensor
-    """[B, T] nats, under the policy that sampled (the training forward)."""
+    """[B, T] nats, under the policy that sampled: the training forward's, or decoding's where these are reused."""
+    forward_log_probs: Tensor
+    """[B, T] nats, the training forward's; 0 in rows that are not `checked`."""
+    checked: Tensor
+    """[B] bool: rows that the training forward of the policy was asked about."""
     ref_log_probs: Tensor
     """[B, T] nats, under the frozen SFT model."""
     dpo_log_probs: Tensor

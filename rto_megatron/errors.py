@@ -19,6 +19,10 @@ class DataError(UserError):
     """A data file, or a line of one, breaks a rule."""
 
 
+class DecodeError(UserError):
+    """Decoding and the training forward say too different things of the same tokens."""
+
+
 class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or does not fit what it is asked to be."""
 

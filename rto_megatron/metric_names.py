@@ -59,6 +59,7 @@ METRICS: dict[str, str] = {
     # Policy update
     "ppo/loss": "Clipped surrogate less the entropy bonus, which the policy minimises; mean over minibatches",
     "ppo/ratio_mean": "pi_new / pi_old; mean over response tokens of all minibatches (1 before the first step)",
+    "ppo/first_ratio_mean": "The same of the step's first minibatch, before any update: 1 up to rounding",
     "ppo/clip_frac": "Response tokens on which ppo.clip decided the loss (share of 1)",
     "ppo/approx_kl": "How far the update went: k3 of pi_old and pi_new; mean over response tokens (nats)",
     "ppo/entropy": "Entropy of the policy over the vocabulary; mean over response tokens (nats)",
@@ -73,6 +74,8 @@ METRICS: dict[str, str] = {
     "staleness/log_prob_diff_mean": "|log pi before the update - when it sampled|; mean over response tokens (nats)",
     "decode/log_prob_diff_mean": "|decoding - training forward| of a log-prob; mean over response tokens (nats)",
     "decode/log_prob_diff_max": "Largest of these differences; above 1e-3 in float32, decoding is wrong (nats)",
+    "decode/effective_share": "Effective sample size of tokens weighted by training forward over decoding (share of 1)",
+    "decode/checked_frac": "Responses on which both were compared; below 1 with rollout.reuse_log_probs (share of 1)",
     # Optimizer
     "optimizer/grad_norm": "Gradient norm of the model that a stage trains, before clipping",
     "optimizer/learning_rate": "Learning rate of the model that a stage trains",

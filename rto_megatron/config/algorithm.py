@@ -142,9 +142,19 @@ class RolloutConfig:
     """What becomes of the last token of a truncated response: stays, or is replaced by EOS as in the paper's code."""
     max_slots: int = 32
     """Sequences that decode together on one data-parallel replica."""
+    reuse_log_probs: bool = False
+    """Take decoding's log-probs as pi_old (training only): the policy then scores `check_rows` responses a step, not
+    all. Decoding rounds otherwise than the training forward, so PPO's first ratio is 1 up to that rounding."""
+    check_rows: int = 8
+    """Responses of a step, drawn by seed and step, on which reused log-probs are held against the training forward."""
+    max_mean_difference: float | None = None
+    """Largest mean |decoding - training forward| of a log-prob, nats: a step above it ends the run (training only).
+    null takes 1e-3 in float32 and 0.1 in bfloat16."""
+    max_difference: float | None = None
+    """The same of a single token; null takes 0.01 in float32, and no limit in bfloat16, whose tails are long."""
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt_tokens", "max_new_tokens", "max_slots"):
+        for name in ("max_prompt_tokens", "max_new_tokens", "max_slots", "check_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be 1 or more, got {getattr(self, name)}")
         if self.temperature < 0:
@@ -153,6 +163,15 @@ class RolloutConfig:
             raise ValueError(f"rollout.top_k must be 0 or more, got {self.top_k}; 0 samples among all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"rollout.top_p must lie above 0 and at most 1, got {self.top_p}")
+        for name in ("max_mean_difference", "max_difference"):
+            limit = getattr(self, name)
+            if limit is not None and limit <= 0:
+                raise ValueError(f"rollout.{name} must be positive or null, got {limit:g}; null takes the dtype's")
+        if self.reuse_log_probs and self.truncation == "overwrite_eos":
+            raise ValueError(
+                "rollout.reuse_log_probs must be false with rollout.truncation overwrite_eos, got true: decoding gives "
+                "no log-prob of an EOS that it did not draw; set truncation to keep"
+            )
 
     @property
     def log_prob_temperature(self) -> float:

@@ -1,18 +1,21 @@
 """The five roles of RTO, and what they say about a rollout."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rto_megatron.algorithms.reward_model import sequence_scores, state_values
 from rto_megatron.algorithms.rewards import normalise_scores
 from rto_megatron.batch import Rollout, Signals
+from rto_megatron.config.parallel import Cut
 from rto_megatron.config.run import EvaluateRun, RTORun
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
-from rto_megatron.distributed.step import Forward, head_outputs, score_all, token_log_probs
+from rto_megatron.distributed.step import Forward, head_outputs, score, score_all, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.stages.roles import load_role, tokenizer_of
@@ -97,13 +100,18 @@ def score_rollout(
     judges: Judges,
     config: RTORun | EvaluateRun,
     mesh: Mesh,
+    checked: Sequence[int] | None = None,
 ) -> Signals:
-    """Ask every role about this replica's rollout; an absent role gives what makes its term 0."""
+    """Ask every role about this replica's rollout; an absent role gives what makes its term 0.
 
-    asks: dict[str, tuple[PolicyModel | ScalarModel, Forward]] = {
-        "policy": (policy, token_log_probs),
-        "reference": (judges.reference, token_log_probs),
-    }
+    Args:
+        checked: the only rows that the policy is asked about, the log-probs of decoding being its answer to all; None
+            asks it about all rows, and takes that answer.
+    """
+    asks: dict[str, tuple[PolicyModel | ScalarModel, Forward]] = {}
+    if checked is None:
+        asks["policy"] = policy, token_log_probs
+    asks["reference"] = judges.reference, token_log_probs
     if judges.dpo:
         asks["dpo"] = judges.dpo, token_log_probs
     if critic is not None:
@@ -112,6 +120,11 @@ def score_rollout(
         asks["reward_model"] = judges.reward.model, head_outputs
     said = dict(zip(asks, score_all(list(asks.values()), rollout, mesh, cut=config.compute.score_cut), strict=True))
     ref_log_probs = said["reference"][..., 0]
+    if checked is None:
+        policy_log_probs = forward_log_probs = said["policy"][..., 0]
+    else:
+        policy_log_probs = rollout.decode_log_probs
+        forward_log_probs = _log_probs_of(rollout, checked, policy, mesh, cut=config.compute.score_cut)
     values = torch.zeros_like(ref_log_probs)
     if "critic" in said:
         values = state_values(said["critic"]).where(rollout.response_mask, 0.0)
@@ -124,10 +137,30 @@ def score_rollout(
     return Signals(
         tokens=rollout.tokens,
         num_tokens=rollout.num_tokens,
-        policy_log_probs=said["policy"][..., 0],
+        policy_log_probs=policy_log_probs,
+        forward_log_probs=forward_log_probs,
+        checked=_mark(len(rollout), checked, mesh),
         ref_log_probs=ref_log_probs,
         dpo_log_probs=said["dpo"][..., 0] if "dpo" in said else ref_log_probs,
         values=values,
         raw_scores=raw_scores,
         scores=scores,
     )
+
+
+def _log_probs_of(rollout: Rollout, index: Sequence[int], policy: PolicyModel, mesh: Mesh, *, cut: Cut) -> Tensor:
+    """[B, T] nats under the policy of some rows, 0 in the others."""
+    log_probs = torch.zeros(rollout.tokens.shape, device=mesh.device)
+    if index:
+        rows = rollout.rows(index)
+        said = score(policy, rows, token_log_probs, mesh, cut=cut)[..., 0]
+        log_probs[list(index), : said.shape[1]] = said[:, : log_probs.shape[1]]
+    return log_probs
+
+
+def _mark(num_rows: int, index: Sequence[int] | None, mesh: Mesh) -> Tensor:
+    """[B] bool: True at `index`, or everywhere where it is None."""
+    marked = torch.full((num_rows,), index is None, device=mesh.device)
+    if index:
+        marked[list(index)] = True
+    return marked

@@ -16,6 +16,7 @@ from rto_megatron.distributed.runtime import Runtime, is_main, rank, world_size
 from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.experience import Credit, make_experience
+from rto_megatron.rollout.guard import check_decoding
 from rto_megatron.rollout.responses import make_engine
 from rto_megatron.schedule.cast import cast_of, sizes_of
 from rto_megatron.schedule.lane import Lane, written_out
@@ -28,7 +29,7 @@ from rto_megatron.stages.interleaved import interleave
 from rto_megatron.stages.resume import Progress, digests, is_finished, listening_for_stop, own_checkpoint
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock
-from rto_megatron.stages.samples import Found, Said, Samples, lengths_of, make_pass, said_of, signals_of
+from rto_megatron.stages.samples import Found, Said, Samples, checked_of, lengths_of, make_pass, said_of, signals_of
 from rto_megatron.stages.update import minibatch_rows, update
 from rto_megatron.stages.watched import watched_phase
 
@@ -151,7 +152,8 @@ def judge(setup: Setup, config: RTORun, mine: Rollout, *, step: int) -> tuple[Ro
     said: dict[int, Said] = {}
     for pack in packs:
         rows = mine.rows([sample - first for sample in pack.samples])
-        signals = score_rollout(rows, **roles, judges=actors.judges, config=config, mesh=mesh)
+        checked = checked_of(pack.samples, config, step=step)
+        signals = score_rollout(rows, **roles, judges=actors.judges, config=config, mesh=mesh, checked=checked)
         said |= said_of(pack.samples, rows, signals)
     ours = signals_of(mine, [said[first + row] for row in range(len(mine))]).to(mesh.device)
     return gather_rows(mine, mesh), gather_rows(ours, mesh)
@@ -167,6 +169,7 @@ def learn(
         return make_experience(*some, config.rto, config.advantage, kl_coef=kl_coef, sentence_ends=setup.sentence_ends)
 
     with clock.phase("advantage"):
+        check_decoding(rollout, signals, config.rollout, dtype=config.compute.dtype, step=step)
         experience, credit = experience_of()
         if config.schedule.minibatches == "logical":
             lanes = range(setup.sizes.lanes)

@@ -24,6 +24,7 @@ from rto_megatron.errors import CheckpointError
 from rto_megatron.metrics import Mergeable, merge, take
 from rto_megatron.rollout.engine import DecodeBatch, Request
 from rto_megatron.rollout.experience import Credit, for_newer_policy, make_experience
+from rto_megatron.rollout.guard import check_decoding
 from rto_megatron.rollout.responses import make_engine
 from rto_megatron.schedule.cast import Cast
 from rto_megatron.schedule.loop import Outcome
@@ -33,7 +34,7 @@ from rto_megatron.stages.actors import score_rollout
 from rto_megatron.stages.course import Course
 from rto_megatron.stages.players import Players
 from rto_megatron.stages.rto_metrics import staleness_metrics, step_metrics
-from rto_megatron.stages.samples import FILE, Found, Samples, make_pass, said_of
+from rto_megatron.stages.samples import FILE, Found, Samples, checked_of, make_pass, said_of
 from rto_megatron.stages.update import minibatch_rows, take_optimizer_step, tasks_of
 
 
@@ -144,6 +145,7 @@ class RTOWork:
             judges=players.judges,
             config=self.config,
             mesh=players.own_mesh,
+            checked=checked_of(item.samples, self.config, step=item.step),
         )
         found = Found(step=item.step, said=said_of(item.samples, rollout, signals))
         state.samples.take(found)
@@ -177,6 +179,8 @@ class RTOWork:
 
     def _experience(self, state: StepState, rows: Sequence[int]) -> tuple[Experience, Credit]:
         rollout, signals = self._records(state, rows)
+        config, step = self.config, state.samples.step
+        check_decoding(rollout, signals, config.rollout, dtype=config.compute.dtype, step=step)
         experience, credit = make_experience(
             rollout,
             signals,

@@ -5,13 +5,13 @@ from torch import Tensor
 
 from rto_megatron.algorithms.health import correlation, positive_share, repetition
 from rto_megatron.algorithms.kl import kl_estimates
-from rto_megatron.algorithms.masked import last_response_token
 from rto_megatron.algorithms.ppo import importance_weights
 from rto_megatron.algorithms.whitening import explained_variance, masked_moments, mean_and_variance
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.algorithm import RTOConfig
 from rto_megatron.metrics import Max, Mean, take
 from rto_megatron.rollout.experience import Credit
+from rto_megatron.rollout.guard import difference_of
 
 LEAST_SAMPLES = 16
 """Of a correlation: one of fewer is mostly chance."""
@@ -33,20 +33,20 @@ def rollout_metrics(rollout: Rollout, signals: Signals) -> dict[str, float]:
     """Lengths, and how far the decoding forward is from the training forward."""
     responses = rollout.response_mask.sum(-1)
     prompts = rollout.num_tokens - responses
-    difference = (rollout.decode_log_probs - signals.policy_log_probs).abs()
-    # rollout.truncation may have put an EOS where another token was drawn
-    drawn = rollout.response_mask & ~(last_response_token(rollout.response_mask) & rollout.truncated[:, None])
-    return take(
+    difference = difference_of(rollout, signals)
+    numbers = take(
         {
             "length/prompt_mean": Mean.over(prompts),
             "length/prompt_max": Max.over(prompts),
             "length/response_mean": Mean.over(responses),
             "length/response_max": Max.over(responses),
             "length/truncated_frac": Mean.over(rollout.truncated),
-            "decode/log_prob_diff_mean": Mean.over(difference, drawn),
-            "decode/log_prob_diff_max": Max.over(difference, drawn),
+            "decode/log_prob_diff_mean": Mean.over(difference.values),
+            "decode/log_prob_diff_max": Max.over(difference.values),
+            "decode/checked_frac": Mean.over(signals.checked),
         }
     )
+    return numbers | {"decode/effective_share": difference.effective_share}
 
 
 def signal_metrics(rollout: Rollout, signals: Signals, config: RTOConfig) -> dict[str, float]:

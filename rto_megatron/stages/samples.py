@@ -19,13 +19,14 @@ from rto_megatron.data.readers import PromptRow
 from rto_megatron.data.sampler import batch_rows
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.rollout.engine import Completion, DecodeBatch, Request
+from rto_megatron.rollout.guard import rows_to_check
 from rto_megatron.rollout.responses import requests_of, rollout_of
 from rto_megatron.schedule.lane import Pack, Pass, written_out
 from rto_megatron.schedule.work import Item, Sizes, StepInput
 from rto_megatron.stages.update import minibatch_rows
 
-PER_TOKEN = ("policy_log_probs", "ref_log_probs", "dpo_log_probs", "values")
-PER_SAMPLE = ("raw_scores", "scores")
+PER_TOKEN = ("policy_log_probs", "forward_log_probs", "ref_log_probs", "dpo_log_probs", "values")
+PER_SAMPLE = ("raw_scores", "scores", "checked")
 FILE = "samples.safetensors"
 
 
@@ -34,9 +35,9 @@ class Said:
     """What the roles say of one sample."""
 
     per_token: np.ndarray
-    """[4, tokens] float32: PER_TOKEN, prompt and response."""
+    """[5, tokens] float32: PER_TOKEN, prompt and response."""
     per_sample: np.ndarray
-    """[2] float32: PER_SAMPLE."""
+    """[3] float32: PER_SAMPLE; `checked` is 0 or 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +139,7 @@ class Samples:
 def said_of(rows: Sequence[int], rollout: Rollout, signals: Signals) -> dict[int, Said]:
     """Signals of some rows, a row each, on the host."""
     per_token = torch.stack([getattr(signals, name) for name in PER_TOKEN]).cpu().numpy()
-    per_sample = torch.stack([getattr(signals, name) for name in PER_SAMPLE]).cpu().numpy()
+    per_sample = torch.stack([getattr(signals, name).float() for name in PER_SAMPLE]).cpu().numpy()
     widths = rollout.num_tokens.tolist()
     return {row: Said(per_token[:, i, : widths[i]].copy(), per_sample[:, i].copy()) for i, row in enumerate(rows)}
 
@@ -150,8 +151,18 @@ def signals_of(rollout: Rollout, said: Sequence[Said]) -> Signals:
         per_token[:, i, : one.per_token.shape[1]] = torch.from_numpy(one.per_token)
     per_sample = torch.from_numpy(np.stack([one.per_sample for one in said], 1))
     numbers = dict(zip((*PER_TOKEN, *PER_SAMPLE), (*per_token, *per_sample), strict=True))
+    numbers["checked"] = numbers["checked"].bool()
     cpu = rollout.to(per_token.device)
     return Signals(tokens=cpu.tokens, num_tokens=cpu.num_tokens, **numbers)
+
+
+def checked_of(pack: Sequence[int], config: RTORun, *, step: int) -> list[int] | None:
+    """Places in a pack of the samples that the policy's training forward is asked about; None for all."""
+    if not config.rollout.reuse_log_probs:
+        return None
+    num_samples = config.prompts_per_step * config.samples_per_prompt
+    checked = rows_to_check(num_samples, config.rollout, seed=config.seed, step=step)
+    return [place for place, sample in enumerate(pack) if sample in checked]
 
 
 def lengths_of(rollout: Rollout, first: int = 0) -> tuple[dict[int, int], dict[int, int]]:

@@ -113,8 +113,10 @@ def take_optimizer_step(
     if not is_policy:
         return _critic_report(result, lr)
     tokens = whole.num_tokens.tolist()
-    uneven = imbalance(tokens, deal(tokens, mesh.data.size))
-    return _policy_report(result, lr) | {"speed/token_imbalance": Mean(uneven, 1)}
+    report = _policy_report(result, lr)
+    if number == 0:
+        report["ppo/first_ratio_mean"] = report["ppo/ratio_mean"]
+    return report | {"speed/token_imbalance": Mean(imbalance(tokens, deal(tokens, mesh.data.size)), 1)}
 
 
 def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:

@@ -58,6 +58,8 @@ def sequential(chain, tmp_path_factory):
 TENSOR, PIPELINE, LANES = "--parallel.tensor=2", "--parallel.pipeline=2", "--schedule.lanes=2"
 LOGICAL, SPLIT, DELAYS = "--schedule.minibatches=logical", "--schedule.map=split", "--schedule.delay_seconds=0.1"
 
+REUSE = ["--rollout.reuse_log_probs=true", "--rollout.check_rows=2"]
+
 
 def split(rollout: int, critic: int = 0, *more: str) -> list[str]:
     return [SPLIT, f"--schedule.rollout_ranks={rollout}", f"--schedule.critic_ranks={critic}", *more]
@@ -67,7 +69,7 @@ CASES = {
     # name: (ranks that train in the sequential run, what both runs are told, ranks of the map, what only it is told)
     "colocated": (2, [LANES], 2, ["--schedule.map=colocated"]),
     "fused": (2, [LANES], 2, ["--schedule.map=fused"]),
-    "fused, in two epochs": (1, ["--ppo.num_epochs=2"], 1, ["--schedule.map=fused"]),
+    "fused, in two epochs, log-probs reused": (1, ["--ppo.num_epochs=2", *REUSE], 1, ["--schedule.map=fused"]),
     "colocated, tensor 2": (2, [TENSOR], 2, ["--schedule.map=colocated"]),
     "fused, pipeline 2": (2, [PIPELINE], 2, ["--schedule.map=fused"]),
     "split 1 + 1": (1, [], 2, split(1)),
@@ -75,7 +77,7 @@ CASES = {
     "split 2 + 2, all score": (2, [LANES], 4, split(2, 0, "--schedule.score=all")),
     "split 2 + 2, pipelines": (2, [PIPELINE], 4, split(2)),
     "split 1 + 1 + 1, critic alone": (1, [], 3, split(1, 1)),
-    "split without a critic": (1, ["--advantage.estimator=reinforce_pp"], 2, split(1)),
+    "split without a critic, log-probs reused": (1, ["--advantage.estimator=reinforce_pp", *REUSE], 2, split(1)),
     "fused, logical minibatches": (2, [LANES, LOGICAL], 2, ["--schedule.map=fused"]),
     "split 1 + 1, early minibatches": (1, [LOGICAL], 2, split(1)),
     "split 1 + 1 + 1, early minibatches, critic alone": (1, [LOGICAL], 3, split(1, 1)),

@@ -46,6 +46,9 @@ def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
     shares = [rows[0][f"reward/{term}_share"] for term in ("dpo", "kl", "score")]
     assert sum(shares) == pytest.approx(1)
     assert rows[0]["decode/log_prob_diff_max"] < 1e-4
+    assert rows[0]["decode/effective_share"] == pytest.approx(1, abs=1e-6)
+    assert rows[0]["decode/checked_frac"] == 1
+    assert rows[0]["ppo/first_ratio_mean"] == pytest.approx(1, abs=1e-6)
     assert rows[0]["advantage/mean"] == pytest.approx(0, abs=1e-6)
     assert (tmp_path / "run.yaml").exists()
     assert sorted(path.name for path in (tmp_path / "credit").iterdir()) == [

@@ -8,10 +8,10 @@ from rto_megatron.config.load import print_options, split_options
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
-from rto_megatron.planner.search import SCORED, Planned, plan
+from rto_megatron.planner.search import REUSED, SCORED, Planned, plan
 from rto_megatron.planner.told import show_bounds, show_memory, show_phases
 from rto_megatron.schedule.limits import longest_chain, resource_bound
-from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu
+from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu, Roles
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 
@@ -36,6 +36,8 @@ class Options:
     """Window of a response; the mean length is 0.4 of it."""
     max_staleness: Literal[0, 1] = 0
     """1 also tries responses that the weights of the step before have written."""
+    reuse_log_probs: bool = False
+    """Old log-probs are those of decoding: the policy is not asked to score."""
     shown: int = 5
     """Rows of the table."""
 
@@ -64,9 +66,14 @@ def main(path: Path | None, words: list[str]) -> int:
         samples=options.samples,
         minibatch=options.minibatch,
         max_staleness=options.max_staleness,
+        roles=_roles(options),
     )
     _show(Console(), options, found, model, gpu, workload)
     return 0
+
+
+def _roles(options: Options) -> Roles:
+    return REUSED if options.reuse_log_probs else SCORED
 
 
 def _show(
@@ -100,7 +107,7 @@ def _show(
     show_memory(console, best.memory, limit=gpu.memory)
     lengths = workload.lengths(0, options.samples)
     sizes = Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
-    work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=SCORED)
+    work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=_roles(options))
     alone = longest_chain(
         best.cost,
         best.candidate.placement,

@@ -27,6 +27,8 @@ ROLES: tuple[tuple[str, Kind], ...] = (
 )
 SCORED = Roles(scored=len(ROLES))
 """The trainer asks every role, the policy for its old log-probs too."""
+REUSED = Roles(scored=len(ROLES) - 1)
+"""With rollout.reuse_log_probs; the few rows that are checked are not counted."""
 PACK_TOKENS = 8192
 SPLITS = (1, 2, 3, 4, 5)
 """Eighths of the GPUs that write."""
@@ -69,7 +71,15 @@ class Planned:
 
 
 def plan(
-    model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload, samples: int, minibatch: int, max_staleness: int
+    model: ModelConfig,
+    gpu: Gpu,
+    *,
+    num_gpus: int,
+    workload: Workload,
+    samples: int,
+    minibatch: int,
+    max_staleness: int,
+    roles: Roles = SCORED,
 ) -> list[Planned]:
     """All that fits, the fastest first. Of the split maps the fastest are tried with other scorers and critics too.
 
@@ -85,7 +95,7 @@ def plan(
         )
 
     def all_timed(some: Iterable[Candidate]) -> list[Planned]:
-        timed = (_timed(one, model, gpu, workload, samples=samples, minibatch=minibatch) for one in some)
+        timed = (_timed(one, model, gpu, workload, samples=samples, minibatch=minibatch, roles=roles) for one in some)
         return sorted((one for one in timed if one), key=lambda planned: planned.timed.seconds)
 
     found = all_timed(many)
@@ -99,7 +109,14 @@ def plan(
 
 
 def _timed(
-    candidate: Candidate, model: ModelConfig, gpu: Gpu, workload: Workload, *, samples: int, minibatch: int
+    candidate: Candidate,
+    model: ModelConfig,
+    gpu: Gpu,
+    workload: Workload,
+    *,
+    samples: int,
+    minibatch: int,
+    roles: Roles,
 ) -> Planned | None:
     """Simulate a candidate; None where it does not fit."""
     memory, slots = memory_of(candidate, model, gpu, workload)
@@ -118,7 +135,7 @@ def _timed(
         pack_steps=max(16, workload.max_new_tokens // 16),
         waiting_packs=samples,
     )
-    cost = Roofline(model, gpu, place, candidate.layout, roles=SCORED)
+    cost = Roofline(model, gpu, place, candidate.layout, roles=roles)
     rows = workload.run(cost, sizes, place, staleness=staleness, early=candidate.early)
     return Planned(
         candidate=candidate,

@@ -107,8 +107,11 @@ def _workload(config: RTORun, options: Options) -> Workload:
 
 def _roles(config: RTORun, workload: Workload, sizes: Sizes) -> Roles:
     totals = [workload.prompt_tokens + length for length in workload.lengths(0, sizes.samples)][: sizes.minibatch]
+    rollout, scored = config.rollout, float(len(roles_of(config)))
+    if rollout.reuse_log_probs:
+        scored -= 1 - min(1.0, rollout.check_rows / sizes.samples)
     return Roles(
-        scored=len(roles_of(config)),
+        scored=scored,
         forwards=4.0 if config.compute.recompute == "full" else 3.0,
         padding=padded_tokens(totals, config.compute.cut) / sum(totals),
         one_stream=config.schedule.map != "sequential",

@@ -27,7 +27,8 @@ NUM_SEEN = 32
 """A slow start is forgotten after so many items of the kind."""
 
 FORWARDS = {"score": 5, "proximal": 1, "train": 6, "prefill": 1, "decode": 1}
-"""Passes of a model over each token."""
+"""Passes of a model over each token; of score the most, which a pack whose rows are all checked takes with reused
+log-probs too."""
 
 SAVED_BYTES = 16
 """Of a parameter with its optimizer state."""

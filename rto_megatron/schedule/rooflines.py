@@ -109,8 +109,9 @@ class Layout:
 class Roles:
     """What is asked and trained, and how."""
 
-    scored: int = 4
-    """Models that score: reference, DPO, critic, reward model; one more where old log-probs are scored anew."""
+    scored: float = 4
+    """Models that score: reference, DPO, critic, reward model; one more where old log-probs are scored anew, and that
+    share of one of which reused ones are checked."""
     scored_fp8: int = 0
     """Of these: models that score in FP8."""
     proximal: int = 1

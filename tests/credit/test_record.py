@@ -23,6 +23,8 @@ def judged(tokenizer):
     signals = Signals(
         **shape,
         policy_log_probs=torch.tensor([[0, 0, -1.0, -2.0, -0.5, 9.0]]),
+        forward_log_probs=torch.tensor([[0, 0, -1.0, -2.0, -0.5, 9.0]]),
+        checked=torch.tensor([True]),
         ref_log_probs=torch.tensor([[0, 0, -1.5, -1.0, -0.5, 9.0]]),
         dpo_log_probs=torch.tensor([[0, 0, -0.5, -5.0, -0.5, 9.0]]),
         values=torch.tensor([[0, 0, 0.25, 0.5, 1.0, 0]]),

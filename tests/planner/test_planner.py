@@ -9,7 +9,7 @@ import pytest
 
 from rto_megatron.__main__ import main
 from rto_megatron.errors import ConfigError
-from rto_megatron.planner.search import Candidate, candidates, memory_of, plan
+from rto_megatron.planner.search import REUSED, Candidate, candidates, memory_of, plan
 from rto_megatron.planner.told import timed
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, split
@@ -59,6 +59,13 @@ def test_split_maps_are_tried_with_other_scorers_and_with_a_critic_of_its_own():
     assert any("all score" in name for name in names)
     assert any("engines score" in name for name in names)
     assert any("for the critic" in name for name in names)
+
+
+def test_reused_log_probs_save_one_of_five_forwards_of_scoring():
+    asked, reused = small("llama3-1b")[0], small("llama3-1b", roles=REUSED)
+    same = next(one for one in reused if one.candidate == asked.candidate)
+    assert same.timed.phases["score"] / asked.timed.phases["score"] == pytest.approx(4 / 5)
+    assert same.timed.seconds < asked.timed.seconds
 
 
 def test_models_too_large_for_the_gpus_are_refused():
@@ -212,6 +219,16 @@ def test_simulate_times_a_config_with_rooflines_of_its_model(chain, capsys):
     assert "costs: rooflines of h100, nothing measured" in printed
     seconds = float(re.search(r"fused, 2 groups, 2 lanes: ([\d.e-]+) seconds per step", printed)[1])
     check_told(printed, seconds=seconds)
+
+
+def test_simulate_asks_the_policy_about_checked_rows_only_where_log_probs_are_reused(chain, capsys):
+    def score(*words):
+        assert main(["simulate", *words_of("rto", chain), *words]) == 0
+        return float(re.search(r"\| score +\| +([\d.e-]+) \|", capsys.readouterr().out)[1])
+
+    # 8 samples a step and five roles: 4 + 2 / 8 forwards instead of 5
+    shares = score("--rollout.reuse_log_probs=true", "--rollout.check_rows=2") / score()
+    assert shares == pytest.approx(4.25 / 5, rel=1e-2)
 
 
 def test_simulate_reads_map_and_layouts_from_the_schedule_of_the_run(chain, capsys):

@@ -27,6 +27,33 @@ def _alarms(*names: str) -> dict[str, str]:
     return {f"alarm/{name}": f"1 while the alarm {name} rings, else 0; see docs/health.md" for name in names}
 
 
+def _memory() -> dict[str, str]:
+    """Bytes of each role: measured, and foretold by its architecture."""
+    roles = {
+        "reference": "Reference",
+        "dpo": "DPO policy",
+        "reward_model": "Reward model",
+        "policy": "Policy",
+        "critic": "Critic",
+        "policy_engine": "Copy of the policy that writes",
+        "policy_snapshot": "Copy of the policy that scores",
+        "critic_snapshot": "Copy of the critic that scores",
+    }
+    parts = {
+        "parameters": "weights on the device that no role before it has",
+        "host": "weights in host memory (compute.offload_frozen)",
+        "gradients": "gradients",
+        "optimizer": "optimizer state",
+        "activations": "most that was kept for the backward pass in the first step of this start",
+    }
+    told = {}
+    for role, name in roles.items():
+        for part, what in parts.items():
+            told[f"memory/{role}_{part}_bytes"] = f"{name}: {what}; of the rank that has most (bytes)"
+            told[f"memory/{role}_predicted_{part}_bytes"] = f"{name}: the same, foretold (bytes)"
+    return told
+
+
 METRICS: dict[str, str] = {
     # Token rewards
     **_reward_term("total", "Token reward, all terms"),
@@ -138,6 +165,9 @@ METRICS: dict[str, str] = {
     # Checkpoints
     "checkpoint/write_seconds": "From the start of a save to its name in the tracker; at the step after (seconds)",
     "checkpoint/bytes": "Size of that checkpoint (bytes)",
+    # Memory: after the first step of a start, and after the last
+    "memory/peak_bytes": "Most of a process: what torch gave out of its GPU, or on a CPU all that was resident (bytes)",
+    **_memory(),
     # Speed
     "speed/tokens_per_second": "Prompt and response tokens of a step over its seconds, all ranks together",
     "speed/generated_tokens_per_second": "Response tokens over the seconds of `generate`, all ranks together",

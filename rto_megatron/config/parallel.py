@@ -108,6 +108,9 @@ class ComputeConfig:
     """Tokens whose logits exist at one time; smaller takes less memory."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations to compute again in the backward pass rather than keep: those of the MLPs, or all."""
+    offload_frozen: bool = False
+    """Keep reference, DPO policy and reward model in host memory while they do not score (rto, ppo, evaluate); each is
+    fetched while the one before scores. On a GPU the host memory is pinned."""
     threads: int = 1
     """CPU threads of one rank; more than cores / ranks makes it slower."""
 

@@ -7,6 +7,7 @@ from typing import Literal
 from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
 from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
@@ -57,14 +58,18 @@ class SFTRun:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoRAConfig | None = None
+    """Train adapters on the frozen weights of `start`; null trains all weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
-    """Of weights and data order."""
+    """Of weights, fresh adapters and data order."""
 
     def __post_init__(self) -> None:
         _check_apart(self.run_dir, start=self.start)
+        if self.start is None and self.lora is not None:
+            raise ValueError("lora must be null for a model from scratch: adapters correct a trained one; set `start`")
         if self.start is not None:
             for name, default in (("model", ModelConfig()), ("tokenizer", TokenizerConfig())):
                 if getattr(self, name) != default:
@@ -85,11 +90,13 @@ class DPORun:
     dpo: DPOConfig = field(default_factory=DPOConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoRAConfig | None = None
+    """Train adapters on the frozen weights of `start`; null trains all weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
-    """Of data order."""
+    """Of fresh adapters and data order."""
 
     def __post_init__(self) -> None:
         _check_apart(self.run_dir, start=self.start)
@@ -107,11 +114,13 @@ class RewardRun:
     reward: RewardConfig = field(default_factory=RewardConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    lora: LoRAConfig | None = None
+    """Train adapters on the frozen weights of `start`; null trains all weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
-    """Of the fresh head and the data order."""
+    """Of the fresh head, fresh adapters and the data order."""
 
     def __post_init__(self) -> None:
         _check_apart(self.run_dir, start=self.start)
@@ -154,6 +163,10 @@ class RTORun:
     """The policy's."""
     critic_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The critic's."""
+    lora: LoRAConfig | None = None
+    """Train adapters on the frozen weights of `policy`; null trains all weights of the policy."""
+    critic_lora: LoRAConfig | None = None
+    """The same for the critic, whose scalar head is trained beside them."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Of all roles but those that `schedule` names on ranks of their own."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -162,7 +175,7 @@ class RTORun:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     seed: int = 0
-    """Of prompts, samples, minibatches and a fresh critic head."""
+    """Of prompts, samples, minibatches, a fresh critic head and fresh adapters."""
 
     def __post_init__(self) -> None:
         inputs = ("policy", "reference", "dpo", "reward_model", "critic")
@@ -190,6 +203,16 @@ class RTORun:
                 f"schedule.critic_ranks must be 0 without a critic (advantage.estimator {self.advantage.estimator}), "
                 f"got {self.schedule.critic_ranks}"
             )
+        if self.critic_lora is not None and self.advantage.estimator != "gae":
+            raise ValueError(
+                f"critic_lora must be null without a critic (advantage.estimator {self.advantage.estimator}); delete it"
+            )
+        for name in ("lora", "critic_lora"):
+            if getattr(self, name) is not None and self.schedule.map == "split":
+                raise ValueError(
+                    f"{name} must be null with schedule.map split, whose ranks hold copies of what is trained; "
+                    "take another map, or set it to null"
+                )
         if self.rollout.temperature == 0:
             raise ValueError(
                 "rollout.temperature must be positive in training, got 0 (greedy samples have no log-probs)"

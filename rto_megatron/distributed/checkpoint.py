@@ -14,6 +14,7 @@ Any layout loads any layout. Nothing is read whose hash was not compared first.
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,10 +27,12 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.distributed.optimizer import Trainable, optimizer_state, sharded_weights
 from rto_megatron.distributed.runtime import rank, world_size
+from rto_megatron.distributed.shards import is_adapter, is_own
 from rto_megatron.errors import CheckpointError
 
 FORMAT = 3
@@ -37,6 +40,19 @@ TRACKER = "latest.txt"
 STEP_NAME = re.compile(r"step_\d{8,}(\.\d+)?")
 """Of the folder of a complete checkpoint; drafts, and what a user copied aside, have other names."""
 BEST = "best.txt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenWeights:
+    """The frozen weights that a role's adapters belong to, which its own folder does not hold."""
+
+    id: str
+    """Of their checkpoint."""
+    folder: str
+    """Of that checkpoint's step, when the adapters were saved; relative to the folder of the adapters' own step."""
+    role: str
+    lora: LoRAConfig
+    """Of the adapters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +67,8 @@ class Manifest:
     """Digest of tokenizer and chat template."""
     parents: dict[str, str] = field(default_factory=dict)
     """Role -> id of the checkpoint that it came from."""
+    bases: dict[str, FrozenWeights] = field(default_factory=dict)
+    """Role -> what its adapters belong to; a role that is not here has all its weights."""
     data: dict[str, str] = field(default_factory=dict)
     """Which data (`train`, `eval`) -> digest of the rows that were read, as token ids."""
     config: str = ""
@@ -118,6 +136,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     try:
         models = {role: _architecture(model) for role, model in raw.pop("models").items()}
         raw["optimizers"] = tuple(raw["optimizers"])
+        raw["bases"] = {role: _frozen_weights(base) for role, base in raw.get("bases", {}).items()}
         manifest = Manifest(**raw, models=models)
         if not (isinstance(manifest.step, int) and manifest.step >= 0 and models and manifest.score_std > 0):
             raise ValueError("step, models or score_std")
@@ -131,6 +150,29 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _architecture(raw: dict[str, Any]) -> ModelConfig:
     scaling = raw.pop("rope_scaling")
     return ModelConfig(**raw, rope_scaling=RopeScaling(**scaling) if scaling else None)
+
+
+def _frozen_weights(raw: dict[str, Any]) -> FrozenWeights:
+    lora = raw.pop("lora")
+    return FrozenWeights(**raw, lora=LoRAConfig(**lora | {"targets": tuple(lora["targets"])}))
+
+
+def open_base(checkpoint: Checkpoint, base: FrozenWeights) -> Checkpoint:
+    """The checkpoint whose weights the adapters of `checkpoint` belong to.
+
+    Raises:
+        CheckpointError: it is not where it was, or another one is there.
+    """
+    folder = Path(os.path.normpath(checkpoint.folder / base.folder))
+    hint = f"adapters are nothing without it; bring the checkpoint with id {base.id} back, or train again"
+    if not folder.is_dir():
+        raise CheckpointError(f"{checkpoint.folder}: its adapters belong to {folder}, which is not there; {hint}")
+    found = open_checkpoint(folder)
+    if found.id != base.id:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its adapters belong to another checkpoint than {folder} ({found.id}); {hint}"
+        )
+    return found
 
 
 def newest_step(root: Path) -> Path | None:
@@ -168,21 +210,24 @@ def _step_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: must be a run folder, but {root / TRACKER} cannot be read ({error})") from None
 
 
-def load_weights(model: MegatronModule | None, checkpoint: Checkpoint, role: str) -> None:
+def load_weights(model: MegatronModule | None, checkpoint: Checkpoint, role: str, *, base: bool = False) -> None:
     """Fill a model from a checkpoint written in any layout; hashes are checked first. All ranks of the world call.
 
     A value model takes its backbone from a policy and then keeps its fresh head; a policy leaves a
-    value model's head behind.
+    value model's head behind. An adapted model takes what is its own, adapters and head.
 
     Args:
         model: None on ranks that hold no part of it.
         role: the folder to read; one of the manifest's.
+        base: of an adapted model, take all but the adapters.
 
     Raises:
         CheckpointError: a file is missing or changed, or the weights do not fit the model.
     """
     verify(checkpoint, role)
-    folder, state = str(checkpoint.folder / role), weights_of(model) if model is not None else {}
+    folder, state = str(checkpoint.folder / role), {}
+    if model is not None:
+        state = base_weights_of(model) if base else weights_of(model)
     stored = set(dist_checkpointing.load_tensors_metadata(folder))
     if "value_head.weight" not in stored:
         state = {name: value for name, value in state.items() if not value.key.startswith("value_head.")}
@@ -199,8 +244,19 @@ def load_weights(model: MegatronModule | None, checkpoint: Checkpoint, role: str
 
 
 def weights_of(model: MegatronModule) -> dict[str, Any]:
-    """The model's sharded weights; extra state is Transformer Engine's alone and would tie a checkpoint to it."""
-    return {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
+    """The sharded weights that a checkpoint of the model holds: all, or of an adapted model what is its own.
+
+    Extra state is Transformer Engine's alone and would tie a checkpoint to it.
+    """
+    state = {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
+    adapted = any(is_adapter(name) for name in state)
+    return {name: value for name, value in state.items() if is_own(name) or not adapted}
+
+
+def base_weights_of(model: MegatronModule) -> dict[str, Any]:
+    """The model's sharded weights but its adapters: what the checkpoint that these belong to may hold."""
+    state = sharded_weights(model)
+    return {name: value for name, value in state.items() if "_extra_state" not in name and not is_adapter(name)}
 
 
 def load_optimizer(trainable: Trainable | None, checkpoint: Checkpoint, role: str) -> None:

@@ -8,15 +8,20 @@ import importlib
 import importlib.util
 import os
 import re
+import resource
+import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from rto_megatron.distributed import cpu
 from rto_megatron.errors import ConfigError, UserError
@@ -163,6 +168,49 @@ def wait_for_device() -> None:
     """Until what was launched on the GPU is done; nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+class HostCopies:
+    """Copies between host and device, beside what the device computes.
+
+    On a GPU: pinned memory and a stream of its own. On a CPU both are the same memory, and a copy is over when the call
+    returns; the same calls in the same order.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A copy in host memory; on a CPU the tensor itself."""
+        if self._stream is None:
+            return tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor)
+
+    def start(self, host: Sequence[Tensor]) -> list[Tensor]:
+        """Begin to copy tensors to the device; who computes with them calls `wait` before."""
+        if self._stream is None:
+            return [tensor.clone() for tensor in host]
+        # of the computing stream's memory: it may go back there as soon as what uses it has been launched
+        copies = [torch.empty_like(tensor, device=self._device) for tensor in host]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for copy, tensor in zip(copies, host, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+        return copies
+
+    def wait(self) -> None:
+        """What is launched from here on runs after all copies that were begun."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has had: of its GPU as torch has given it out; on a CPU all that was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def stop_runtime() -> None:

@@ -42,6 +42,16 @@ class Shard:
         return self.key.format(i=self.layer)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a weight is a factor of a low-rank adapter (`models/lora.py`)."""
+    return name.rpartition(".")[2] in ("lora_a", "lora_b")
+
+
+def is_own(name: str) -> bool:
+    """Whether an adapted model has a weight for itself: its adapters and its scalar head; all others are frozen."""
+    return is_adapter(name) or "value_head." in name
+
+
 def shards(model: MegatronModule) -> Iterator[Shard]:
     """All pieces that this rank holds, in the model's own order."""
     state = sharded_weights(model)

@@ -14,6 +14,7 @@ from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_or
 from rto_megatron.distributed.context import column_multiple
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.microbatches import Batch, Microbatch, cut_rows, make_microbatches
+from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.stream import Part, run_stream
 
@@ -62,8 +63,18 @@ def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, 
 
 
 @torch.no_grad()
-def score_all(asks: Sequence[tuple[MegatronModule, Forward]], batch: Batch, mesh: Mesh, *, cut: Cut) -> list[Tensor]:
+def score_all(
+    asks: Sequence[tuple[MegatronModule, Forward]],
+    batch: Batch,
+    mesh: Mesh,
+    *,
+    cut: Cut,
+    host: HostWeights | None = None,
+) -> list[Tensor]:
     """What each model says of all rows, without gradient, on every rank of the replica; one pass over the rows.
+
+    Args:
+        host: where the weights of some of the models live: the pass then goes model by model. The bits are the same.
 
     Returns:
         For each of `asks` [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
@@ -71,6 +82,8 @@ def score_all(asks: Sequence[tuple[MegatronModule, Forward]], batch: Batch, mesh
     cuts, micros = _cut_up(batch, cut, [model for model, _ in asks])
     parts = [Part(model, micros, _forward_step(forward, None)) for model, forward in asks]
     order = [(number, micro) for micro in range(len(micros)) for number in range(len(parts))]
+    if host is not None:
+        parts, order = host.visits(parts), sorted(order)
     modes = [model.training for model, _ in asks]
     for model, _ in asks:
         model.eval()

@@ -1,91 +1,33 @@
 """How much memory a rank needs: what is certain from the architecture, and a rough guess at the rest.
 
-Bytes of a parameter, on the rank that holds it (b = 4 in float32, 2 in bfloat16; D data-parallel ranks):
-
-    weights     b       every role
-    gradients   4       of what learns: they are summed in float32
-    optimizer   8 + m   of what learns: two running means, and in bfloat16 a float32 copy of the weight (m = 4);
-                        divided by D where optimizer.distributed is true
-
-Activations are guessed from what a layer keeps for its backward pass, with attention that keeps no scores: within a
-third or so of what torch keeps.
+The formulas are in `models/footprint.py`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 from rto_megatron.config.model import ModelConfig
-from rto_megatron.config.optimizer import OptimizerConfig
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun
 from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.machine import Place
 from rto_megatron.models.counts import num_parameters
-from rto_megatron.models.gpt import Kind
+from rto_megatron.models.footprint import (
+    ITEM_BYTES,
+    Bytes,
+    Model,
+    activation_bytes,
+    is_offloaded,
+    model_bytes,
+    offloaded_bytes,
+)
 from rto_megatron.stages.resume import TrainingRun
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 GIB = 1 << 30
+JUDGES = ("reference", "dpo", "reward_model")
 LIBRARIES = GIB // 2
 """Torch, Megatron and their like, in every process."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A model that the run builds."""
-
-    name: str
-    architecture: ModelConfig
-    kind: Kind
-    optimizer: OptimizerConfig | None
-    """None where it is frozen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bytes:
-    """Of one model on one rank."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
-
-
-def model_bytes(model: Model, parallel: ParallelConfig, compute: ComputeConfig, *, stage: int, num_data: int) -> Bytes:
-    """Memory of a model on one rank of a pipeline stage."""
-    count, item = num_parameters(model.architecture, model.kind, parallel, stage=stage), ITEM_BYTES[compute.dtype]
-    if model.optimizer is None:
-        return Bytes(weights=count * item, gradients=0, optimizer=0)
-    states = count * (8 if compute.dtype == "float32" else 12)
-    return Bytes(
-        weights=count * item,
-        gradients=count * 4,
-        optimizer=states // (num_data if model.optimizer.distributed else 1),
-    )
-
-
-def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, *, tokens: int) -> int:
-    """Roughly what one microbatch keeps on one rank until its backward pass, and the logits of one chunk."""
-    wide = parallel.tensor if parallel.sequence else 1  # norms and residuals
-    queries = model.num_attention_heads * model.kv_channels
-    keys_values = 2 * model.num_query_groups * model.kv_channels
-    residuals = 5 * model.hidden_size // wide
-    attention = (3 * queries + 2 * keys_values) // parallel.tensor
-    mlp = 4 * model.ffn_hidden_size // parallel.tensor
-    kept = {
-        "none": residuals + attention + mlp,
-        "selective": residuals + attention,
-        "full": model.hidden_size // wide,
-    }[compute.recompute]
-    layers = model.num_layers // parallel.pipeline
-    logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
-    return layers * tokens * kept * ITEM_BYTES[compute.dtype] * parallel.pipeline + logits
 
 
 def cache_bytes(model: ModelConfig, config: Any, *, num_slots: int) -> int:
@@ -103,8 +45,15 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
         [model_bytes(model, config.parallel, config.compute, stage=stage, num_data=num_data) for model in models]
         for stage in range(config.parallel.pipeline)
     ]
-    fullest = max(stages, key=lambda parts: sum(part.total for part in parts))
     passing = passing_bytes(config, models, num_data=num_data)
+    if config.compute.offload_frozen and isinstance(config, RTORun | EvaluateRun):
+        judges = [model for model in models if model.name in JUDGES]
+        stages = [[_on_device(model, part) for model, part in zip(models, parts, strict=True)] for parts in stages]
+        passing["frozen roles on their way from the host"] = max(
+            offloaded_bytes(judges, config.parallel, config.compute, stage=stage)
+            for stage in range(config.parallel.pipeline)
+        )
+    fullest = max(stages, key=lambda parts: sum(part.total for part in parts))
     if isinstance(config, TrainingRun) and config.checkpoint.background and not place.hardware.num_gpus:
         trained = [part for model, part in zip(models, fullest, strict=True) if model.optimizer is not None]
         passing["checkpoint on its way to the disk"] = sum(part.weights + part.optimizer for part in trained)
@@ -120,7 +69,8 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
     has, whose = rank_memory(place)
     why = "a rank that runs out of memory ends, and the others wait for it"
     way_out = (
-        "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true; "
+        "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true, "
+        "adapters (lora, critic_lora), compute.offload_frozen; "
         "for activations compute.recompute and a smaller compute.micro_batch_tokens, for the cache rollout.max_slots"
     )
     if certain > has:
@@ -135,6 +85,12 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
         )
     else:
         found.ok(f"a rank needs about {in_units(needed)} and has {in_units(has)} ({whose})")
+
+
+def _on_device(model: Model, part: Bytes) -> Bytes:
+    """What `compute.offload_frozen` leaves of a role on the device for good."""
+    moved = model.name in JUDGES and is_offloaded(model)
+    return Bytes(weights=0, gradients=0, optimizer=0) if moved else part
 
 
 def _columns(part: Bytes) -> tuple[int, int, int, int]:

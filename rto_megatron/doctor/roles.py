@@ -10,8 +10,8 @@ from rto_megatron.config.run import EvaluateRun, RTORun, SFTRun
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint, check_file, file_hash, open_checkpoint, written_hashes
 from rto_megatron.doctor.findings import Section, in_units
-from rto_megatron.doctor.memory import Model
-from rto_megatron.stages.roles import tokenizer_of
+from rto_megatron.models.footprint import Model
+from rto_megatron.stages.roles import models_of, tokenizer_of
 from rto_megatron.stages.rules import Role, architecture_rules, role_rules, roles_of
 from rto_megatron.stages.sft import from_scratch
 
@@ -46,16 +46,7 @@ def check_roles(found: Section, config: Any, *, hashes: bool) -> Roles:
     if _all_hold(found, config, opened) and len(opened) > 1:
         _look_at_vocabularies(found, config, opened)
     tokenizer = _check_files(found, opened, hashes=hashes)
-    models = [
-        Model(
-            name=role.name,
-            architecture=opened[role.name].manifest.architecture_for(role.kind),
-            kind=role.kind,
-            optimizer=role.optimizer,
-        )
-        for role in _held_at_once(config)
-        if role.name in opened
-    ]
+    models = models_of([role for role in _held_at_once(config) if role.name in opened], opened)
     if isinstance(config, SFTRun) and config.start is None:
         tokenizer = _look_at_a_fresh_model(found, config, models)
     if isinstance(config, RTORun | EvaluateRun):

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 from torch.nn import functional as F
 
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.context import own_columns, whole_rows
@@ -25,6 +26,7 @@ from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.models.attention import CausalAttention, GroupedAttention
 from rto_megatron.models.heads import ScalarModel
+from rto_megatron.models.lora import adapt_spec, freeze_base
 from rto_megatron.models.weights import initialize
 
 Kind = Literal["policy", "value"]
@@ -102,10 +104,17 @@ def build_model(
     temperature: float = 1.0,
     banned_ids: tuple[int, ...] = (),
     seed: int | None = 0,
+    lora: LoRAConfig | None = None,
+    local: bool = False,
 ) -> Any:
     """This rank's part of a model with fresh weights, the same in every layout for the same seed.
 
     With `seed` None nothing is known of the weights: they are to be loaded.
+
+    Args:
+        lora: adapters, which alone are trained.
+        local: Megatron's own layers also where Transformer Engine is there; adapters need them, and so do models that
+            share weights with an adapted one.
 
     Raises:
         ConfigError: the layout does not divide the model.
@@ -114,7 +123,7 @@ def build_model(
     megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute)
     model = {"policy": PolicyModel, "value": ScalarModel}[kind](
         megatron_config,
-        _layer_spec(config, mesh),
+        _layer_spec(config, mesh, lora, local=local),
         vocab_size=config.padded_vocab_size,
         max_sequence_length=config.max_length,
         pre_process=mesh.is_first_stage,
@@ -132,6 +141,8 @@ def build_model(
         model.temperature, model.log_prob_chunk, model.banned_ids = temperature, compute.log_prob_chunk, banned_ids
     if seed is not None:
         initialize(model, config, seed=seed)
+    if lora is not None:
+        freeze_base(model, recomputes=compute.recompute != "none")
     return model.to(mesh.device)
 
 
@@ -206,9 +217,11 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _layer_spec(config: ModelConfig, mesh: Mesh) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(
+    config: ModelConfig, mesh: Mesh, lora: LoRAConfig | None, *, local: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
-    if mesh.runtime.has_transformer_engine:
+    if mesh.runtime.has_transformer_engine and lora is None and not local:
         theirs: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
         theirs.submodules.self_attention.module = GroupedAttention
         return theirs
@@ -220,6 +233,8 @@ def _layer_spec(config: ModelConfig, mesh: Mesh) -> ModuleSpec | TransformerBloc
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    if lora is not None:
+        adapt_spec(layer, lora)
     norm: Any = RMSNorm
     return TransformerBlockSubmodules([spec] * (config.num_layers // mesh.pipeline.size), norm)
 

@@ -1,12 +1,12 @@
 """Bytes of a rank of each kind in each phase: what is always there, and what comes and goes.
 
-    always     weights of every role that the rank has, gradients and optimizer of what it trains, the copies that
-               engines and scorers keep, libraries
+    always     weights of every role that the rank has, but not of those in host memory (compute.offload_frozen);
+               gradients and optimizer of what it trains, the copies that engines and scorers keep, libraries
     generate   and the cache of keys and values
-    score      and one layer's activations of a pack; where others still write, the cache too
+    score      and one layer's activations of a pack, and frozen roles from the host; the cache where others write
     train      and the activations that the backward pass needs
 
-Weights, gradients and optimizer are counted from the architecture; the rest is a guess (`doctor/memory.py`).
+Weights, gradients and optimizer are counted from the architecture; the rest is a guess (`models/footprint.py`).
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-from rto_megatron.doctor.memory import ITEM_BYTES, Model, activation_bytes, model_bytes
+from rto_megatron.models.footprint import (
+    ITEM_BYTES,
+    Model,
+    activation_bytes,
+    is_offloaded,
+    model_bytes,
+    offloaded_bytes,
+)
 from rto_megatron.schedule.placement import RoleMap
 
 Phase = Literal["generate", "score", "train"]
@@ -84,14 +91,18 @@ def always(setting: Setting, rank: Rank) -> dict[str, float]:
     """Part -> bytes that the fullest rank of the kind has in all phases."""
     parts: dict[str, float] = {}
     for model in setting.models:
+        if setting.compute.offload_frozen and model.name not in LEARN and is_offloaded(model):
+            continue  # it comes and goes
         if model.name in rank.trains or (rank.scores and model.name not in LEARN):
             parts[model.name] = _bytes(setting, rank, model)
         if model.name in rank.copies:
-            parts[f"{model.name} snapshot"] = _bytes(setting, rank, replace(model, optimizer=None))
+            parts[f"{model.name} snapshot"] = _bytes(setting, rank, replace(model, optimizer=None, shared=False))
     own = "policy" in rank.trains and _cut(setting.engine) == _cut(setting.train)
     if rank.writes and not own:
         policy = next(model for model in setting.models if model.name == "policy")
-        parts["engine"] = _fullest(replace(policy, optimizer=None), setting.engine, setting.compute, num_data=1)
+        parts["engine"] = _fullest(
+            replace(policy, optimizer=None, shared=False), setting.engine, setting.compute, num_data=1
+        )
     return parts | {"libraries": LIBRARIES}
 
 
@@ -107,10 +118,23 @@ def by_phase(setting: Setting, rank: Rank, *, cache: float) -> dict[Phase, dict[
         found["generate"] = base | {"cache": cache}
     if rank.scores:
         beside = {"cache": cache} if rank.writes and not rank.trains else {}
-        found["score"] = base | beside | {"activations": _of_scoring(setting)}
+        found["score"] = base | beside | _visitors(setting) | {"activations": _of_scoring(setting)}
     if rank.trains:
         found["train"] = base | {"activations": _of_training(setting, rank)}
     return found
+
+
+def _visitors(setting: Setting) -> dict[str, float]:
+    """Frozen roles that live in host memory: the two that are on the fullest rank together."""
+    if not setting.compute.offload_frozen:
+        return {}
+    frozen = [model for model in setting.models if model.name not in LEARN]
+    stages = range(setting.train.pipeline)
+    return {
+        "frozen roles from the host": max(
+            offloaded_bytes(frozen, setting.train, setting.compute, stage=stage) for stage in stages
+        )
+    }
 
 
 def cache_bytes_of_a_token(setting: Setting) -> float:

@@ -8,7 +8,7 @@ from rto_megatron.config.load import print_options, split_options
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
-from rto_megatron.planner.search import REUSED, SCORED, Planned, plan
+from rto_megatron.planner.search import REUSED, SCORED, Planned, Saving, plan
 from rto_megatron.planner.told import show_bounds, show_memory, show_phases
 from rto_megatron.schedule.limits import longest_chain, resource_bound
 from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu, Roles
@@ -38,6 +38,10 @@ class Options:
     """1 also tries responses that the weights of the step before have written."""
     reuse_log_probs: bool = False
     """Old log-probs are those of decoding: the policy is not asked to score."""
+    lora_rank: int = 0
+    """Policy, critic and DPO policy as adapters of this rank on the weights of the reference; 0 trains all weights."""
+    offload_frozen: bool = False
+    """Frozen roles in host memory while they do not score."""
     shown: int = 5
     """Rows of the table."""
 
@@ -45,6 +49,8 @@ class Options:
         for name in ("nodes", "samples", "minibatch", "prompt_tokens", "max_new_tokens", "shown"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, got {self.lora_rank}; 0 trains all weights")
         if self.samples % self.minibatch:
             raise ValueError(f"minibatch must divide samples {self.samples}, got {self.minibatch}")
 
@@ -67,6 +73,7 @@ def main(path: Path | None, words: list[str]) -> int:
         minibatch=options.minibatch,
         max_staleness=options.max_staleness,
         roles=_roles(options),
+        saving=Saving(lora_rank=options.lora_rank, offload_frozen=options.offload_frozen),
     )
     _show(Console(), options, found, model, gpu, workload)
     return 0

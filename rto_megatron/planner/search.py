@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-from rto_megatron.doctor.memory import Model
 from rto_megatron.errors import ConfigError
+from rto_megatron.models.footprint import Model
 from rto_megatron.models.gpt import Kind
 from rto_megatron.planner.memory import LEARN, Setting, always, by_phase, cache_bytes_of_a_token, ranks_of
 from rto_megatron.planner.told import Memory, Timed, timed
@@ -35,6 +36,16 @@ SPLITS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What of a run saves memory of the roles."""
+
+    lora_rank: int = 0
+    """Policy, critic and DPO policy as adapters of this rank on the weights of the reference; 0 has five models."""
+    offload_frozen: bool = False
+    """As compute.offload_frozen."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to run it."""
 
@@ -42,6 +53,7 @@ class Candidate:
     layout: Layout
     staleness: int
     early: bool
+    saving: Saving = Saving()
 
     @property
     def name(self) -> str:
@@ -80,13 +92,15 @@ def plan(
     minibatch: int,
     max_staleness: int,
     roles: Roles = SCORED,
+    saving: Saving | None = None,
 ) -> list[Planned]:
     """All that fits, the fastest first. Of the split maps the fastest are tried with other scorers and critics too.
 
     Raises:
         ConfigError: nothing fits.
     """
-    tried = list(candidates(model, gpu, num_gpus=num_gpus, workload=workload, max_staleness=max_staleness))
+    limits = {"num_gpus": num_gpus, "workload": workload, "max_staleness": max_staleness}
+    tried = list(candidates(model, gpu, **limits, saving=saving))
     many = [one for one in tried if len(one.placement.engines) <= samples and len(one.placement.policy) <= minibatch]
     if tried and not many:
         raise ConfigError(
@@ -172,26 +186,36 @@ def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
 
 
 def candidates(
-    model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload, max_staleness: int
+    model: ModelConfig,
+    gpu: Gpu,
+    *,
+    num_gpus: int,
+    workload: Workload,
+    max_staleness: int,
+    saving: Saving | None = None,
 ) -> Iterator[Candidate]:
     """Maps and layouts worth a simulation: of the training layouts that fit, those with the fewest ranks a copy."""
-    for layout in _layouts(model, gpu, num_gpus=num_gpus, workload=workload):
+    saving = saving or Saving()
+    for layout in _layouts(model, gpu, num_gpus=num_gpus, workload=workload, saving=saving):
         together = max(layout.engine_ranks, layout.train_ranks)
         both = replace(layout, engine_ranks=together, train_ranks=together)
         for make in (colocated, fused):
-            yield Candidate(placement=make(num_gpus // together), layout=both, staleness=0, early=False)
+            placement = make(num_gpus // together)
+            yield Candidate(placement=placement, layout=both, staleness=0, early=False, saving=saving)
+        if saving.lora_rank:
+            continue  # as a run would refuse it
         for eighths in SPLITS:
             writing = num_gpus * eighths // 8 // layout.engine_ranks
             training = (num_gpus - writing * layout.engine_ranks) // layout.train_ranks
             if writing and training:
                 placement = split(writing, training)
-                yield Candidate(placement=placement, layout=layout, staleness=0, early=False)
-                yield Candidate(placement=placement, layout=layout, staleness=0, early=True)
+                yield Candidate(placement=placement, layout=layout, staleness=0, early=False, saving=saving)
+                yield Candidate(placement=placement, layout=layout, staleness=0, early=True, saving=saving)
                 if max_staleness:
-                    yield Candidate(placement=placement, layout=layout, staleness=1, early=False)
+                    yield Candidate(placement=placement, layout=layout, staleness=1, early=False, saving=saving)
 
 
-def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload) -> list[Layout]:
+def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload, saving: Saving) -> list[Layout]:
     found: list[tuple[int, float, Layout]] = []
     node = min(GPUS_PER_NODE, num_gpus)
     for engine in (1, 2, 4, 8):
@@ -207,7 +231,8 @@ def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload)
                     train_tensor=tensor,
                     pipeline=pipeline,
                 )
-                trial = Candidate(placement=split(1, 1), layout=layout, staleness=0, early=False)
+                place = colocated(1) if saving.lora_rank else split(1, 1)
+                trial = Candidate(placement=place, layout=layout, staleness=0, early=False, saving=saving)
                 _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
                 if slots >= 1:
                     alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
@@ -226,24 +251,41 @@ def _divides(model: ModelConfig, engine: int, tensor: int, pipeline: int) -> boo
     return True
 
 
+def _models(model: ModelConfig, saving: Saving) -> list[Model]:
+    """All roles in the order in which a run loads them: the reference first, whose weights others may share."""
+    optimizer = OptimizerConfig(distributed=True)
+    lora = LoRAConfig(rank=saving.lora_rank) if saving.lora_rank else None
+    made = []
+    for name, kind in sorted(ROLES, key=lambda role: role[0] in LEARN):
+        adapted = lora is not None and name in (*LEARN, "dpo")
+        made.append(
+            Model(
+                name=name,
+                architecture=model,
+                kind=kind,
+                optimizer=optimizer if name in LEARN else None,
+                lora=lora if adapted else None,
+                shared=adapted,
+                stays=lora is not None and name == "reference",
+            )
+        )
+    return made
+
+
 def setting_of(candidate: Candidate, model: ModelConfig, workload: Workload, *, num_gpus: int | None = None) -> Setting:
     """What the memory of a candidate depends on; `num_gpus` spreads the optimizer over all of them."""
     layout, place = candidate.layout, candidate.placement
     copy = layout.train_tensor * layout.pipeline
     training = len(place.policy) * layout.train_ranks
-    optimizer = OptimizerConfig(distributed=True)
     window = workload.prompt_tokens + workload.max_new_tokens
     train = ParallelConfig(tensor=layout.train_tensor, pipeline=layout.pipeline, sequence=layout.train_tensor > 1)
     return Setting(
-        models=[
-            Model(name=name, architecture=model, kind=kind, optimizer=optimizer if name in LEARN else None)
-            for name, kind in ROLES
-        ],
+        models=_models(model, candidate.saving),
         placement=place,
         train=train,
         engine=ParallelConfig(tensor=layout.engine_tensor),
         critic=train,
-        compute=COMPUTE,
+        compute=replace(COMPUTE, offload_frozen=candidate.saving.offload_frozen),
         moves=place.moves(staleness=candidate.staleness, early=candidate.early),
         num_data=max(1, (num_gpus or training) // copy),
         num_critic_data=max(1, (num_gpus or len(place.critic) * layout.train_ranks) // copy),

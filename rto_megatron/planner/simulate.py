@@ -8,9 +8,9 @@ from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.shares import padded_tokens
 from rto_megatron.distributed.checkpoint import open_checkpoint
-from rto_megatron.doctor.memory import Model
 from rto_megatron.errors import ConfigError, DataError, UserError
 from rto_megatron.metrics import Console
+from rto_megatron.models.footprint import Model
 from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
 from rto_megatron.planner.told import Memory, Timed, show_bounds, show_memory, show_phases, timed
 from rto_megatron.schedule.cast import Cast, cast_of, least_ranks, sizes_of
@@ -22,6 +22,7 @@ from rto_megatron.schedule.trace import Row, draw, read_trace, write_trace
 from rto_megatron.schedule.trace_folder import read_last_start
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
+from rto_megatron.stages.roles import models_of
 from rto_megatron.stages.rules import roles_of, size_rules
 from rto_megatron.stages.run import writing
 
@@ -143,15 +144,8 @@ def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload,
 
 
 def _models(config: RTORun) -> list[Model]:
-    return [
-        Model(
-            name=role.name,
-            architecture=open_checkpoint(role.path).manifest.architecture_for(role.kind),
-            kind=role.kind,
-            optimizer=role.optimizer,
-        )
-        for role in roles_of(config)
-    ]
+    roles = roles_of(config)
+    return models_of(roles, {role.name: open_checkpoint(role.path) for role in roles})
 
 
 def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast, sizes: Sizes) -> None:

@@ -20,6 +20,7 @@ from rto_megatron.distributed.replica import (
     sum_over_tensor,
 )
 from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.models.lora import Factors, factors_of
 from rto_megatron.rollout.kv_cache import KVCache
 
 
@@ -37,6 +38,8 @@ class _Layer:
     fc1: Tensor
     """[2 * width, H]: the gate's rows, then those that it multiplies."""
     fc2: Tensor
+    adapters: tuple[Factors | None, ...]
+    """Of qkv, proj, fc1 and fc2."""
 
     @classmethod
     def of(cls, layer: Any) -> "_Layer":
@@ -52,12 +55,22 @@ class _Layer:
             mlp_norm=_norm_weight(layer.pre_mlp_layernorm, mlp.linear_fc1),
             fc1=mlp.linear_fc1.weight,
             fc2=mlp.linear_fc2.weight,
+            adapters=tuple(
+                factors_of(linear)
+                for linear in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+            ),
         )
 
 
 def _norm_weight(norm: Any, linear: Any) -> Tensor:
     """Transformer Engine keeps a norm's weight in the linear layer that follows it."""
     return linear.layer_norm_weight if hasattr(linear, "layer_norm_weight") else norm.weight
+
+
+def _linear(x: Tensor, weight: Tensor, adapter: Factors | None, bias: Tensor | None = None) -> Tensor:
+    """This rank's part of a product; the adapter's is added before ranks are summed, so it needs no sum of its own."""
+    y = F.linear(x, weight, bias)
+    return y if adapter is None else y + adapter.apply(x)
 
 
 class ForwardPass:
@@ -119,13 +132,15 @@ class ForwardPass:
         return self._sum(F.embedding(index.masked_fill(others, 0), weight).masked_fill(others[:, None], 0.0))
 
     def _attention(self, layer: _Layer, index: int, x: Tensor, cache: KVCache) -> Tensor:
-        qkv = self._split_heads(F.linear(x, layer.qkv, layer.qkv_bias))
+        of_qkv, of_proj, _, _ = layer.adapters
+        qkv = self._split_heads(_linear(x, layer.qkv, of_qkv, layer.qkv_bias))
         rotating, value = qkv[:, :, :-1], qkv[:, :, -1]
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._norm(qkv[:, :, :-2], layer.query_norm), self._norm(qkv[:, :, -2:-1], layer.key_norm)
             rotating = torch.cat((query, key), 2)
         rotated = cache.rotate(rotating)
-        return self._sum(F.linear(cache.attend(index, rotated[:, :, :-1], rotated[:, :, -1], value), layer.proj))
+        attended = cache.attend(index, rotated[:, :, :-1], rotated[:, :, -1], value)
+        return self._sum(_linear(attended, layer.proj, of_proj))
 
     def _split_heads(self, qkv: Tensor) -> Tensor:
         """[rows, width of a rank] -> [rows, groups, heads of a group + 2, d]: a group's queries, its key, its value."""
@@ -141,8 +156,9 @@ class ForwardPass:
         return torch.cat((mine[:, :, part * num_heads : (part + 1) * num_heads], mine[:, :, -2:]), 2)
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, layer.fc1).chunk(2, -1)
-        return self._sum(F.linear(F.silu(gate) * up, layer.fc2))
+        _, _, of_fc1, of_fc2 = layer.adapters
+        gate, up = _linear(x, layer.fc1, of_fc1).chunk(2, -1)
+        return self._sum(_linear(F.silu(gate) * up, layer.fc2, of_fc2))
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self._epsilon)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,11 +15,12 @@ from rto_megatron.config.run import EvaluateRun, RTORun
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
 from rto_megatron.distributed.step import Forward, head_outputs, score, score_all, token_log_probs
-from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.models.gpt import Kind, PolicyModel
 from rto_megatron.models.heads import ScalarModel
-from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.roles import Trunks, load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run, roles_of
 
 
@@ -38,6 +40,14 @@ class Judges:
     reference: PolicyModel
     dpo: PolicyModel | None
     reward: RewardModel | None
+    host: HostWeights | None = None
+    """Where their weights are between passes; None leaves them on the device."""
+
+    def stay_for(self, *learning: Any) -> None:
+        """Leave on the device what models that learn have in common with these."""
+        for model in learning:
+            if self.host is not None and model is not None:
+                self.host.give_back(model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +71,14 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
     parents = check_run(config, mesh.data.size)
     cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
     starts = {role.name: role.path for role in roles_of(config)}
-    judges = load_judges(config, mesh)
-    policy, _ = load_role(starts["policy"], "policy", mesh, frozen=False, **cut)
+    trunks = Trunks.of_run(config, parents)
+    judges = load_judges(config, mesh, trunks)
+    learns = {"frozen": False, "seed": config.seed, "trunks": trunks, **cut}
+    policy, _ = load_role(starts["policy"], "policy", mesh, lora=config.lora, **learns)
     critic = None
     if "critic" in starts:
-        critic, _ = load_role(starts["critic"], "value", mesh, frozen=False, seed=config.seed, **cut)
+        critic, _ = load_role(starts["critic"], "value", mesh, lora=config.critic_lora, **learns)
+    judges.stay_for(policy, critic)
     return Actors(
         policy=make_trainable("policy", policy, config.optimizer, mesh),
         critic=make_trainable("critic", critic, config.critic_optimizer, mesh) if critic is not None else None,
@@ -75,21 +88,33 @@ def load_actors(config: RTORun, mesh: Mesh) -> Actors:
     )
 
 
-def load_judges(config: RTORun | EvaluateRun, mesh: Mesh | None) -> Judges:
+def load_judges(config: RTORun | EvaluateRun, mesh: Mesh | None, trunks: Trunks | None = None) -> Judges:
     """Load the frozen roles whose coefficient is not 0; all ranks call, and where `mesh` is None they get no models.
+
+    Args:
+        trunks: as in `load_role`.
 
     Raises:
         CheckpointError: as `load_role`.
     """
-    cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
+    cut: dict[str, Any] = {"parallel": config.parallel, "compute": config.compute, "trunks": trunks}
+    cut["temperature"] = config.rollout.log_prob_temperature
+    host = HostWeights(mesh.device) if mesh is not None and config.compute.offload_frozen else None
     starts, dpo, reward = {role.name: role.path for role in roles_of(config)}, None, None
-    reference, _ = load_role(starts["reference"], "policy", mesh, frozen=True, **cut)
+
+    def load(name: str, kind: Kind) -> tuple[Any, Checkpoint]:
+        model, parent = load_role(starts[name], kind, mesh, frozen=True, **cut)
+        if host is not None:  # before the next one is loaded
+            host.take(model)
+        return model, parent
+
+    reference, _ = load("reference", "policy")
     if "dpo" in starts:
-        dpo, _ = load_role(starts["dpo"], "policy", mesh, frozen=True, **cut)
+        dpo, _ = load("dpo", "policy")
     if "reward_model" in starts:
-        model, parent = load_role(starts["reward_model"], "value", mesh, frozen=True, **cut)
+        model, parent = load("reward_model", "value")
         reward = RewardModel(model=model, mean=parent.manifest.score_mean, std=parent.manifest.score_std)
-    return Judges(reference=reference, dpo=dpo, reward=reward)
+    return Judges(reference=reference, dpo=dpo, reward=reward, host=host)
 
 
 def score_rollout(
@@ -118,7 +143,8 @@ def score_rollout(
         asks["critic"] = critic, head_outputs
     if judges.reward:
         asks["reward_model"] = judges.reward.model, head_outputs
-    said = dict(zip(asks, score_all(list(asks.values()), rollout, mesh, cut=config.compute.score_cut), strict=True))
+    outputs = score_all(list(asks.values()), rollout, mesh, cut=config.compute.score_cut, host=judges.host)
+    said = dict(zip(asks, outputs, strict=True))
     ref_log_probs = said["reference"][..., 0]
     if checked is None:
         policy_log_probs = forward_log_probs = said["policy"][..., 0]

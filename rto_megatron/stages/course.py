@@ -20,7 +20,9 @@ from rto_megatron.errors import DataError
 from rto_megatron.metrics import Steps
 from rto_megatron.rollout.experience import sentence_end_ids
 from rto_megatron.schedule.cast import cast_of
+from rto_megatron.stages.memory import MemoryReport
 from rto_megatron.stages.resume import Checkpoints, Progress, check_unchanged
+from rto_megatron.stages.roles import base_of, bases_of
 from rto_megatron.stages.run import Clock, Run, open_run
 from rto_megatron.stages.update import plan_updates
 
@@ -47,6 +49,8 @@ class Course:
     at: Progress
     shown: Steps
     clock: Clock
+    memory: MemoryReport | None = None
+    """Tells at the start and the end what each role takes."""
     _extra: dict[str, float] | None = None
     """Numbers of the boundary before the step that is going on."""
 
@@ -60,6 +64,11 @@ class Course:
     def is_over(self) -> bool:
         """Whether all steps are done."""
         return self.at.step == self.config.num_steps
+
+    def watch_memory(self, report: MemoryReport) -> None:
+        """Tell what each role takes now, again after the first step of this start, and at the end."""
+        self.memory = report
+        report.show(self.running.console, "start")
 
     def begin_step(self, hand_over: Callable[[Path], None] | None = None) -> None:
         """Between two steps, and before the first and after the last: evaluate and save if it is time.
@@ -77,12 +86,16 @@ class Course:
         if self.is_over:
             self.running.log.write(self.config.num_steps, self._extra | self.clock.take())
             self.running.console.say(f"checkpoint: {self.checkpoints.last_folder}")
+            if self.memory is not None:
+                self.memory.show(self.running.console, "end")
 
     def end_step(self, numbers: dict[str, float]) -> None:
         """Write a step's numbers, the same on all ranks, and go to the next."""
         assert self._extra is not None, "begin_step comes first"
         numbers = self._extra | numbers | {"kl/coef": self.kl_coef}
         numbers |= self._alarms(numbers)
+        if self.memory is not None and (self.memory.is_counting or self.at.step + 1 == self.config.num_steps):
+            numbers |= self.memory.numbers()
         self.running.log.write(self.at.step, numbers)
         self.shown.done(self.at.step, {label: numbers[metric] for label, metric in SHOWN.items()})
         self.at.kl_coef = adapt_kl_coef(
@@ -161,10 +174,14 @@ def manifest_of(config: RTORun, parents: Mapping[str, Checkpoint], data: dict[st
     models = {"policy": parents["policy"].manifest.architecture_for("policy")}
     if "critic" in parents:
         models["critic"] = parents["critic"].manifest.architecture_for("value")
+    bases = {"policy": base_of(parents["policy"], "policy", config.lora, config.run_dir)}
+    if "critic" in parents:
+        bases["critic"] = base_of(parents["critic"], "value", config.critic_lora, config.run_dir)
     return Manifest(
         stage=stage_of(config),
         step=config.num_steps,
         models=models,
+        bases=bases_of(*bases.items()),
         tokenizer=parents["policy"].manifest.tokenizer,
         parents={role: parent.id for role, parent in parents.items()},
         data=data,

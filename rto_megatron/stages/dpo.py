@@ -27,7 +27,7 @@ from rto_megatron.stages.resume import (
     listening_for_stop,
     own_checkpoint,
 )
-from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.roles import base_of, bases_of, load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
@@ -42,9 +42,8 @@ def run(config: DPORun, runtime: Runtime) -> None:
     mesh = build_mesh(config.parallel, runtime, seed=config.seed)
     check_run(config, mesh.data.size)
     own = own_checkpoint(config, "dpo")
-    model, parent = load_role(
-        config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
-    )
+    cut = {"parallel": config.parallel, "compute": config.compute}
+    model, parent = load_role(config.start, "policy", mesh, **cut, frozen=False, lora=config.lora, seed=config.seed)
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("policy")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
     steps = num_steps(len(rows), config)
@@ -54,6 +53,7 @@ def run(config: DPORun, runtime: Runtime) -> None:
         models={"policy": architecture},
         tokenizer=parent.manifest.tokenizer,
         parents={"reference": parent.id},
+        bases=bases_of(("policy", base_of(parent, "policy", config.lora, config.run_dir))),
         data=digests(rows, held_out),
     )
     check_unchanged(own, manifest)

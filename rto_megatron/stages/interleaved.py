@@ -9,7 +9,7 @@ from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.distributed.runtime import Runtime, rank, world_size
 from rto_megatron.distributed.watchdog import Watchdog
-from rto_megatron.schedule.cast import cast_of, sizes_of
+from rto_megatron.schedule.cast import Cast, cast_of, sizes_of
 from rto_megatron.schedule.links import connect
 from rto_megatron.schedule.loop import Disturbance, Loop
 from rto_megatron.schedule.pace import Pace
@@ -17,10 +17,28 @@ from rto_megatron.schedule.policy import Schedule
 from rto_megatron.schedule.trace_folder import trace_file
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
-from rto_megatron.stages.players import load_players
+from rto_megatron.stages.memory import MemoryReport, report_of
+from rto_megatron.stages.players import Players, load_players
 from rto_megatron.stages.resume import Progress, digests
 from rto_megatron.stages.rto_items import RTOWork
 from rto_megatron.stages.watched import watched_item, watched_phase
+
+
+def memory_of(config: RTORun, players: Players, cast: Cast) -> MemoryReport:
+    """Of the roles, and of the copies that write and score."""
+    policy, critic, own = players.policy, players.critic, players.own_mesh
+    trained = {
+        "policy": (policy, players.policy_mesh, cast.policy.parallel),
+        "critic": (critic, players.critic_mesh, cast.critic.parallel),
+    }
+    copies = {}
+    if players.writer is not None and (policy is None or players.writer is not policy.model):
+        copies["policy engine"] = (players.writer, own, cast.engine.parallel)
+    if players.old_policy is not None and players.old_policy not in (players.writer, policy and policy.model):
+        copies["policy snapshot"] = (players.old_policy, own, config.parallel)
+    if players.old_critic is not None and (critic is None or players.old_critic is not critic.model):
+        copies["critic snapshot"] = (players.old_critic, own, config.parallel)
+    return report_of(config, players.parents, players.judges, trained, copies, own)
 
 
 def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdog: Watchdog) -> None:
@@ -60,6 +78,7 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
         course.clock.watch = partial(watched_phase, watchdog, pace, range(world_size()), course, held_out)
         for role in players.refits:  # an earlier start may have left newer weights than the roles began with
             players.refit(role)
+        course.watch_memory(memory_of(config, players, cast))
         work = RTOWork(config, cast, sizes, players, prompts, ends, course)
         handed_over = work.take_over(own)
         course.begin_step(work.hand_over(course.at.step))

@@ -16,7 +16,7 @@ from rto_megatron.models.gpt import Kind, PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.schedule.cast import Cast
 from rto_megatron.stages.actors import Judges, load_judges
-from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.roles import Trunks, load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run, roles_of
 
 
@@ -70,14 +70,17 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
     assert own is not None, "every rank has a role"
     seed_streams(config.seed, own)
 
+    trunks = Trunks.of_run(config, parents)
+
     def load(path: Path, kind: Kind, mesh: Mesh | None, parallel: ParallelConfig) -> Any:
         # copies are not frozen: Megatron multiplies with frozen weights in another way, whose last bits may differ
         temperature = config.rollout.log_prob_temperature
         more = {"parallel": parallel, "compute": config.compute, "temperature": temperature, "seed": config.seed}
-        return load_role(path, kind, mesh, frozen=False, **more)[0]
+        lora = config.lora if kind == "policy" else config.critic_lora
+        return load_role(path, kind, mesh, frozen=False, lora=lora, trunks=trunks, **more)[0]
 
     scores = group in place.scorers
-    judges = load_judges(config, own if scores else None)
+    judges = load_judges(config, own if scores else None, trunks)
     policy = load(starts["policy"], "policy", meshes["policy"], cast.policy.parallel)
     critic = None
     if "critic" in starts:
@@ -94,6 +97,7 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
             mesh = own if group in takers else None
             copies[role] = load(starts[role], kind, mesh, config.parallel)
             refits["scorer"].append(Refit(trained, copies[role]))
+    judges.stay_for(policy, critic, writer, *copies.values())
     return Players(
         group=group,
         policy_mesh=meshes["policy"],

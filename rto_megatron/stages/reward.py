@@ -26,7 +26,7 @@ from rto_megatron.stages.resume import (
     listening_for_stop,
     own_checkpoint,
 )
-from rto_megatron.stages.roles import load_role, tokenizer_of
+from rto_megatron.stages.roles import base_of, bases_of, load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
@@ -46,6 +46,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
         compute=config.compute,
         frozen=False,
         seed=config.seed,
+        lora=config.lora,
     )
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("value")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
@@ -56,6 +57,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
         models={"value": architecture},
         tokenizer=parent.manifest.tokenizer,
         parents={"start": parent.id},
+        bases=bases_of(("value", base_of(parent, "value", config.lora, config.run_dir))),
         data=digests(rows, held_out),
     )
     check_unchanged(own, manifest)

@@ -26,6 +26,7 @@ from rto_megatron.stages.actors import Actors, load_actors, score_rollout
 from rto_megatron.stages.course import manifest_of, on_course, prompts_of, size_table
 from rto_megatron.stages.held_out import HeldOut
 from rto_megatron.stages.interleaved import interleave
+from rto_megatron.stages.memory import report_of
 from rto_megatron.stages.resume import Progress, digests, is_finished, listening_for_stop, own_checkpoint
 from rto_megatron.stages.rto_metrics import speed_metrics, step_metrics
 from rto_megatron.stages.run import Clock
@@ -94,11 +95,13 @@ def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None
         )
 
     trained = {"policy": actors.policy, **({"critic": actors.critic} if actors.critic else {})}
+    held = {role: (trainable, mesh, config.parallel) for role, trainable in trained.items()}
     manifest = manifest_of(config, actors.parents, digests(setup.prompts, held_out.prompts))
     sizes = size_table(config, len(setup.prompts), mesh.data.size)
     pace = Pace(config, manifest.models["policy"], device=mesh.device.type, num_held_out=len(held_out.prompts))
     with on_course(config, own, mesh, trained, manifest, actors.tokenizer, measure, sizes, dropped) as course:
         course.clock.watch = partial(watched_phase, watchdog, pace, range(world_size()), course, held_out)
+        course.watch_memory(report_of(config, actors.parents, actors.judges, held, {}, mesh))
         course.begin_step()
         while not course.is_over:
             done = take_step(setup, config, step=course.at.step, kl_coef=course.kl_coef, clock=course.clock)

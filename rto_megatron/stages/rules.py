@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.algorithm import RolloutConfig
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun, SFTRun
 from rto_megatron.data.tokenizer import TEMPLATE_FILE
-from rto_megatron.distributed.checkpoint import Checkpoint, open_checkpoint
+from rto_megatron.distributed.checkpoint import Checkpoint, open_base, open_checkpoint
 from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.models.gpt import Kind
 
@@ -28,6 +29,8 @@ class Role:
     kind: Kind
     optimizer: OptimizerConfig | None = None
     """Of a role that learns; None where it is frozen."""
+    lora: LoRAConfig | None = None
+    """Of a role that learns by adapters alone."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +48,22 @@ def roles_of(config: Any) -> list[Role]:
     match config:
         case SFTRun():
             start = config.start
-            return [Role(name="start", path=start, kind="policy", optimizer=config.optimizer)] if start else []
-        case DPORun():
-            return [Role(name="start", path=config.start, kind="policy", optimizer=config.optimizer)]
-        case RewardRun():
-            return [Role(name="start", path=config.start, kind="value", optimizer=config.optimizer)]
+            learns = {"optimizer": config.optimizer, "lora": config.lora}
+            return [Role(name="start", path=start, kind="policy", **learns)] if start else []
+        case DPORun() | RewardRun():
+            kind: Kind = "policy" if isinstance(config, DPORun) else "value"
+            return [Role(name="start", path=config.start, kind=kind, optimizer=config.optimizer, lora=config.lora)]
         case GenerateRun():
             return [Role(name="policy", path=config.checkpoint, kind="policy")]
         case RTORun():
             roles = [
                 *_judges(config),
-                Role(name="policy", path=config.policy, kind="policy", optimizer=config.optimizer),
+                Role(name="policy", path=config.policy, kind="policy", optimizer=config.optimizer, lora=config.lora),
             ]
             if config.advantage.estimator == "gae":
                 start = config.critic or config.reward_model or config.policy
-                roles.append(Role(name="critic", path=start, kind="value", optimizer=config.critic_optimizer))
+                learns = {"optimizer": config.critic_optimizer, "lora": config.critic_lora}
+                roles.append(Role(name="critic", path=start, kind="value", **learns))
             return roles
         case EvaluateRun():
             return [*_judges(config), *(Role(name=str(p), path=p, kind="policy") for p in config.checkpoints)]
@@ -114,6 +118,8 @@ def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:
     for role in roles:
         checkpoint = opened[role.name]
         yield Rule(partial(check_kind, checkpoint, role.kind), "a model without an output layer cannot write")
+        check = partial(check_adapters, checkpoint, role.kind, role.lora)
+        yield Rule(check, "adapters mean nothing on other weights, and those of another size are other weights")
         if role.name == "reward_model":
             yield Rule(partial(check_holds_scores, checkpoint), "scores of an untrained head are noise")
         architecture = checkpoint.manifest.architecture_for(role.kind)
@@ -194,6 +200,20 @@ def check_kind(checkpoint: Checkpoint, kind: Kind) -> None:
         raise CheckpointError(
             f"{checkpoint.folder}: a policy must start from a run of sft, dpo, rto, ppo or convert, got one of "
             f"{checkpoint.manifest.stage}, which holds none; name such a run"
+        )
+
+
+def check_adapters(checkpoint: Checkpoint, kind: Kind, lora: LoRAConfig | None) -> None:
+    """Raise UserError unless the weights that a run's adapters belong to are there, and `lora` can go on with them."""
+    base = checkpoint.manifest.bases.get(checkpoint.manifest.role_for(kind))
+    if base is None:
+        return
+    open_base(checkpoint, base)
+    if lora is not None and lora != base.lora:
+        raise ConfigError(
+            f"lora must be as that of {checkpoint.folder}, whose adapters are trained on: rank {base.lora.rank}, alpha "
+            f"{base.lora.alpha:g}, targets {', '.join(base.lora.targets)}; got rank {lora.rank}, alpha {lora.alpha:g}, "
+            f"targets {', '.join(lora.targets)}; or convert that run and its adapters are part of its weights"
         )
 
 

@@ -28,7 +28,7 @@ from rto_megatron.stages.resume import (
     listening_for_stop,
     own_checkpoint,
 )
-from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
+from rto_megatron.stages.roles import base_of, bases_of, load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.rules import architecture_rules, check_run
 from rto_megatron.stages.run import open_run
 from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size_table
@@ -49,6 +49,7 @@ def run(config: SFTRun, runtime: Runtime) -> None:
         models={"policy": architecture},
         tokenizer=tokenizer.digest(),
         parents={"start": parent.id} if parent else {},
+        bases=bases_of(("policy", base_of(parent, "policy", config.lora, config.run_dir) if parent else None)),
         data=digests(rows, held_out),
     )
     check_unchanged(own, manifest)
@@ -66,9 +67,8 @@ def run(config: SFTRun, runtime: Runtime) -> None:
 
 def _start(config: SFTRun, mesh: Mesh) -> tuple[PolicyModel, Tokenizer, ModelConfig, Checkpoint | None]:
     if config.start is not None:
-        model, parent = load_role(
-            config.start, "policy", mesh, parallel=config.parallel, compute=config.compute, frozen=False
-        )
+        cut = {"parallel": config.parallel, "compute": config.compute}
+        model, parent = load_role(config.start, "policy", mesh, **cut, frozen=False, lora=config.lora, seed=config.seed)
         return model, tokenizer_of(parent), parent.manifest.architecture_for("policy"), parent
     tokenizer, architecture = from_scratch(config)
     for rule in architecture_rules(config, architecture, "the model"):

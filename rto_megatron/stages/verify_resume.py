@@ -33,7 +33,7 @@ from rto_megatron.stages.run import writing
 OTHER_LAYOUT = 1e-5
 """Largest difference of weights and optimizer state on another layout, as a share of 1 + its size (float32)."""
 
-MEASURED = ("time/", "speed/", "checkpoint/")
+MEASURED = ("time/", "speed/", "checkpoint/", "memory/")
 """Metrics of the machine, not of the run."""
 
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
-from rto_megatron.models.counts import num_parameters
+from rto_megatron.models.counts import num_own_parameters, num_parameters
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(
@@ -82,7 +83,7 @@ def activations(dtype):
 
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime
-    from rto_megatron.doctor.memory import activation_bytes
+    from rto_megatron.models.footprint import activation_bytes
     from rto_megatron.models.gpt import build_model
 
     mesh, compute = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0), ComputeConfig(dtype=dtype)
@@ -115,7 +116,7 @@ def bytes_after_a_step(dtype, distributed):
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.optimizer import make_trainable
     from rto_megatron.distributed.runtime import start_runtime
-    from rto_megatron.doctor.memory import Model, model_bytes
+    from rto_megatron.models.footprint import Model, model_bytes
     from rto_megatron.models.gpt import build_model
 
     mesh = build_mesh(ParallelConfig(), start_runtime(threads=1), seed=0)
@@ -145,3 +146,33 @@ def test_memory_is_that_of_a_model_which_is_trained(dtype, distributed):
         found = sum(found[place] for found, _ in ranks)  # shards of the distributed optimizer are not quite equal
         told = sum(told[place] for _, told in ranks)
         assert told == pytest.approx(found, rel=0.02), name
+
+
+ADAPTED = {
+    "all": LoRAConfig(rank=3),
+    "some": LoRAConfig(rank=2, targets=("linear_proj", "linear_fc1")),
+}
+
+
+def adapters_on_this_rank(words):
+    """(architecture, kind) -> parameters of the model that was built which are trained, and what was foretold."""
+    from rto_megatron.distributed.mesh import build_mesh
+    from rto_megatron.distributed.runtime import start_runtime
+    from rto_megatron.models.gpt import build_model
+
+    parallel, found = ParallelConfig(**words), {}
+    mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
+    for name, config in ARCHITECTURES.items():
+        for kind, which in (("policy", "all"), ("value", "some")):
+            lora, more = ADAPTED[which], {"kind": kind, "parallel": parallel, "compute": ComputeConfig()}
+            model = build_model(config, mesh, **more, seed=None, lora=lora)
+            built = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            found[name, kind] = (built, num_own_parameters(config, kind, lora, parallel, stage=mesh.pipeline.rank))
+    return found
+
+
+@pytest.mark.parametrize("words", [{"tensor": 2}, {"pipeline": 2}], ids=str)
+def test_the_count_of_what_adapters_train_is_that_of_the_model_which_is_built(words):
+    for rank in run_ranks(adapters_on_this_rank, 2, words):
+        for case, (built, foretold) in rank.items():
+            assert foretold == built, case

@@ -9,7 +9,7 @@ import pytest
 
 from rto_megatron.__main__ import main
 from rto_megatron.errors import ConfigError
-from rto_megatron.planner.search import REUSED, Candidate, candidates, memory_of, plan
+from rto_megatron.planner.search import REUSED, Candidate, Saving, candidates, memory_of, plan
 from rto_megatron.planner.told import timed
 from rto_megatron.schedule.fit import Fitted
 from rto_megatron.schedule.placement import colocated, split
@@ -104,6 +104,34 @@ def test_a_policy_of_eight_billion_parameters_takes_the_bytes_worked_out_by_hand
         assert parts["reference"] == pytest.approx(8.03e9 / 4 * 2, rel=0.01)
     assert "cache" in phases["generate"]
     assert "cache" not in phases["train"]
+
+
+def test_one_trunk_and_the_host_save_what_is_worked_out_by_hand():
+    layout = Layout(engine_ranks=1, train_ranks=1)
+    model, gpu, found = MODELS["llama3-1b"], GPUS["h100"], {}
+    for name, saving in {
+        "plain": Saving(),
+        "lora": Saving(lora_rank=16),
+        "both": Saving(lora_rank=16, offload_frozen=True),
+        "host": Saving(offload_frozen=True),
+    }.items():
+        one = Candidate(placement=colocated(2), layout=layout, staleness=0, early=False, saving=saving)
+        [found[name]] = memory_of(one, model, gpu, SHORT)[0].values()
+    whole = found["plain"]["train"]["reference"]
+    # rank 16: queries, keys and values 3072 + 2048, out 2 x 2048, fc1 16384 + 2048, fc2 8192 + 2048; 16 layers
+    adapters = 16 * 16 * (5120 + 4096 + 18432 + 10240)
+    own = found["lora"]["train"]
+    assert own["reference"] == whole and own["dpo"] == pytest.approx(2 * adapters, rel=0.01)
+    assert own["policy"] == pytest.approx(adapters * (2 + 4 + 12 / 2), rel=0.01)
+    assert own["critic"] == pytest.approx(adapters * (2 + 4 + 12 / 2), rel=0.01)
+    assert found["both"]["train"].keys() == own.keys() - {"dpo", "reward_model"}  # the policy needs the reference
+    score = found["host"]["score"]
+    assert not score.keys() & {"reference", "dpo", "reward_model"}
+    assert score["frozen roles from the host"] == pytest.approx(2 * whole, rel=0.01)
+    assert "frozen roles from the host" not in found["host"]["train"]
+    limits = {"num_gpus": 8, "workload": SHORT, "max_staleness": 0}
+    maps = {one.placement.name for one in candidates(model, gpu, **limits, saving=Saving(lora_rank=16))}
+    assert maps == {"colocated", "fused"}  # a run refuses adapters in the split map
 
 
 def kinds(placement, **changed):

@@ -8,7 +8,7 @@ import pytest
 from tests.ranks import run_ranks
 from tests.stages.chain import run_stage
 
-MEASURED = ("time/", "speed/", "checkpoint/")
+MEASURED = ("time/", "speed/", "checkpoint/", "memory/")
 SHORT_SLICES = ["--schedule.slice_steps=2", "--schedule.pack_tokens=90", "--schedule.pack_steps=6"]
 """Many small items, so that much can overlap in a tiny run."""
 

@@ -92,7 +92,7 @@ def dpo_accuracy(
     batch = collate_preferences([pairs[i] for i in share_of(len(pairs), mesh)], tokenizer.pad_id)
     batch = batch.to(mesh.device)
     asks = [(judges.reference, token_log_probs), (judges.dpo, token_log_probs)]
-    reference, dpo = score_all(asks, batch, mesh, cut=config.compute.score_cut)
+    reference, dpo = score_all(asks, batch, mesh, cut=config.compute.score_cut, host=judges.host)
     rewards, _ = dpo_token_rewards(
         dpo_log_probs=dpo[..., 0],
         ref_log_probs=reference[..., 0],

@@ -135,7 +135,7 @@ class MemoryReport:
         found: dict[str, dict[str, int]] = {}
         seen: set[int] = set()
         for role in self._held:
-            sizes = dict.fromkeys(PARTS, 0)
+            sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
             for parameter in role.model.parameters():
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
@@ -197,13 +197,15 @@ class MemoryReport:
 
 
 def _buffers(trainable: Trainable) -> list[Any]:
-    return [*trainable.ddp.buffers, *trainable.ddp.expert_parallel_buffers]
+    ddp: Any = trainable.ddp  # a list there, where torch's modules have a method
+    return [*ddp.buffers, *ddp.expert_parallel_buffers]
 
 
 def _optimizer_tensors(trainable: Trainable) -> list[Tensor]:
     """Moments, and float32 copies of weights that are not float32 themselves."""
     found: list[Tensor] = []
-    for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+    parts: list[Any] = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+    for part in parts:
         inner = part.optimizer
         if inner is None:  # nothing to train on this rank
             continue
@@ -235,7 +237,7 @@ def report_of(
         frozen["reward_model"] = judges.reward.model if judges.reward else None
         models += [(role, model, None, mesh, config.parallel) for role, model in frozen.items()]
     models += [(role, its[0].model if its[0] else None, *its) for role, its in trained.items()]
-    models += [(role, model, None, *where) for role, (model, *where) in copies.items()]
+    models += [(role, model, None, where, cut) for role, (model, where, cut) in copies.items()]
     held = []
     for role, model, trainable, where, parallel in models:
         if model is not None and where is not None:
@@ -245,4 +247,4 @@ def report_of(
             held.append(Held(role=role, model=model, trainable=trainable, plan=plan, parallel=parallel, mesh=where))
     window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     host = judges.host if judges is not None else None
-    return MemoryReport(held, config.compute, host, micro_tokens=config.compute.micro_batch_size * window)
+    return MemoryReport(held, config.compute, host, micro_tokens=config.compute.cut.most_tokens(window))

@@ -5,7 +5,7 @@ import torch
 from rto_megatron.batch import SFTBatch
 from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
-from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(
@@ -40,7 +40,7 @@ def score_from_the_host(words):
         models[name] = build_model(TINY, mesh, **more).requires_grad_(False)
     share_base(models["dpo"], models["reference"])
     asks = [(m, head_outputs if n in ("critic", "reward") else token_log_probs) for n, m in models.items()]
-    kept = score_all(asks, batch, mesh, micro_batch_size=2)
+    kept = score_all(asks, batch, mesh, cut=Cut(rows=2))
     host = HostWeights(mesh.device)
     on_host = ("reference", "dpo", "reward")
     sizes = {name: sum(p.nbytes for p in models[name].parameters()) for name in on_host}
@@ -58,12 +58,12 @@ def score_from_the_host(words):
         model.register_forward_pre_hook(look(name))
         if name in on_host:
             host.take(model)
-    passes = [score_all(asks, batch, mesh, micro_batch_size=2, host=host) for _ in range(2)]
+    passes = [score_all(asks, batch, mesh, cut=Cut(rows=2), host=host) for _ in range(2)]
     gone = [not p.numel() for name in on_host for p in models[name].parameters()]
     equal = [torch.equal(a, b) for outputs in passes for a, b in zip(outputs, kept, strict=True)]
     host.give_back(models["dpo"])
     stays = [p.numel() > 0 for name in ("dpo", "reference") for p in models[name].parameters()]
-    again = score_all(asks, batch, mesh, micro_batch_size=2, host=host)
+    again = score_all(asks, batch, mesh, cut=Cut(rows=2), host=host)
     equal += [torch.equal(a, b) for a, b in zip(again, kept, strict=True)]
     return equal, gone, stays, seen, host.peak_bytes, sizes
 

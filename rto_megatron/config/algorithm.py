@@ -6,20 +6,31 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class DPOConfig:
-    """Direct preference optimization (arXiv 2305.18290)."""
+    """Direct preference optimization (arXiv 2305.18290) and its neighbours."""
 
     beta: float = 0.1
-    """Strength of the pull to the reference, per nat."""
+    """Strength of the pull to the reference, per nat; of `simpo`, whose paper takes 2 to 10, per nat and token."""
     label_smoothing: float = 0.0
-    """Probability that a label is wrong; 0 is plain DPO."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """`ipo` is the squared loss of arXiv 2310.12036."""
+    """Probability that a label is wrong; 0 is plain DPO. `sigmoid` only."""
+    loss: Literal["sigmoid", "ipo", "rdpo", "simpo"] = "sigmoid"
+    """`sigmoid` is DPO; `ipo` the squared loss of arXiv 2310.12036; `rdpo` charges for length (arXiv 2403.19159);
+    `simpo` compares log-probs per token, without a reference (arXiv 2405.14734)."""
+    length_coef: float = 0.0
+    """Charge for a token, reward units; 0 is DPO. `rdpo` only; its paper calls it alpha."""
+    margin: float = 0.0
+    """By how much the chosen side is to win, reward units. `simpo` only; its paper calls it gamma."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise ValueError(f"dpo.beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"dpo.label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing}")
+        for name in ("length_coef", "margin"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"dpo.{name} must be 0 or more, got {getattr(self, name)}")
+        for name, loss in (("label_smoothing", "sigmoid"), ("length_coef", "rdpo"), ("margin", "simpo")):
+            if getattr(self, name) and self.loss != loss:
+                raise ValueError(f"dpo.{name} must be 0 with dpo.loss {self.loss}, which does not use it; {loss} does")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rto_megatron.algorithms.dpo import dpo_loss, sequence_log_probs
+from rto_megatron.algorithms.dpo import DPOLoss, dpo_loss, sequence_log_probs
 from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
+from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss
 from rto_megatron.batch import DPOBatch
+from rto_megatron.config.algorithm import DPOConfig
 from rto_megatron.config.run import DPORun
 from rto_megatron.data.collate import collate_preferences
 from rto_megatron.data.readers import PreferenceRow, read_preferences
@@ -84,6 +86,22 @@ def with_reference(
     return list(zip(rows, totals, strict=True))
 
 
+def pair_loss(log_probs: Tensor, batch: DPOBatch, config: DPOConfig, num_pairs: int) -> DPOLoss:
+    """The loss that the config names; `log_probs` [2P] nats of whole responses, chosen and rejected in turn."""
+    chosen, rejected = split_pairs(log_probs)
+    policy = {"policy_chosen": chosen, "policy_rejected": rejected}
+    of_ref, of_tokens = split_pairs(batch.ref_log_probs), split_pairs(batch.response_mask.sum(-1))
+    ref = {"ref_chosen": of_ref[0], "ref_rejected": of_ref[1]}
+    tokens = {"chosen_tokens": of_tokens[0], "rejected_tokens": of_tokens[1]}
+    shared = {"beta": config.beta, "num_pairs": num_pairs}
+    match config.loss:
+        case "rdpo":
+            return rdpo_loss(**policy, **ref, **tokens, length_coef=config.length_coef, **shared)
+        case "simpo":
+            return simpo_loss(**policy, **tokens, margin=config.margin, **shared)
+    return dpo_loss(**policy, **ref, label_smoothing=config.label_smoothing, loss=config.loss, **shared)
+
+
 def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
     """The DPO loss, averaged over the pairs of the minibatch."""
 
@@ -100,18 +118,7 @@ def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         num_pairs = len(whole) // 2
 
         def loss(output: Tensor, batch: DPOBatch) -> tuple[Tensor, Tensor]:
-            chosen, rejected = split_pairs(sequence_log_probs(output[..., 0], batch.response_mask))
-            ref_chosen, ref_rejected = split_pairs(batch.ref_log_probs)
-            result = dpo_loss(
-                policy_chosen=chosen,
-                policy_rejected=rejected,
-                ref_chosen=ref_chosen,
-                ref_rejected=ref_rejected,
-                beta=config.dpo.beta,
-                label_smoothing=config.dpo.label_smoothing,
-                loss=config.dpo.loss,
-                num_pairs=num_pairs,
-            )
+            result = pair_loss(sequence_log_probs(output[..., 0], batch.response_mask), batch, config.dpo, num_pairs)
             better, worse = result.chosen_rewards, result.rejected_rewards
             return result.loss, pair_sums(result.loss, chosen=better, rejected=worse, num_pairs=num_pairs)
 

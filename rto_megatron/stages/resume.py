@@ -56,7 +56,13 @@ FIXED = ("schedule.staleness", "schedule.minibatches")
 FIXED_IF_LOGICAL = ("schedule.lanes", "schedule.slice_steps")
 """Likewise where minibatches are filled in the order in which responses end, which these decide too."""
 
-NEWER = {"schedule.staleness": 0, "schedule.minibatches": "random", "ppo.importance_cap": 2.0}
+NEWER = {
+    "schedule.staleness": 0,
+    "schedule.minibatches": "random",
+    "ppo.importance_cap": 2.0,
+    "dpo.length_coef": 0.0,
+    "dpo.margin": 0.0,
+}
 """Settings that a run of an earlier version does not name, and what it did."""
 
 COMPARED_BY_CONTENT = (
@@ -263,9 +269,9 @@ def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
             "set another run_dir, or remove the folder"
         )
     begun, now = (_flat(yaml.safe_load(text)) for text in (own.manifest.config, dump_run(config)))
+    begun = {name: value for name, value in NEWER.items() if name in now} | begun
     fixed = FIXED
     if isinstance(config, RTORun):
-        begun = NEWER | begun
         fixed += FIXED_IF_LOGICAL if config.schedule.minibatches == "logical" else ()
     for name in sorted(begun.keys() | now.keys()):
         free = name in (*COMPARED_BY_CONTENT, *LENGTHS) or (name.startswith(FREE) and name not in fixed)

@@ -1,0 +1,90 @@
+"""Distributionally robust token optimization (arXiv 2604.08577): the worst case over spans of a response.
+
+The paper bounds the actor's loss over all distributions of spans within an f-divergence of the observed one. What is
+here follows from that definition by the convex dual of such sets (arXiv 1610.03425).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rto_megatron.algorithms.masked import last_response_token
+
+Divergence = Literal["kl", "chi_square"]
+
+BISECTIONS = 100
+"""Enough for float64 to stop moving."""
+
+
+def span_losses(token_losses: Tensor, response_mask: Tensor, span_ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean loss of each span: up to and with each end, and what is left at the end of a response.
+
+    Args:
+        token_losses: [B, T]; may be anything outside the response.
+        response_mask: [B, T] bool.
+        span_ends: [B, T] bool, True on tokens that close a span.
+
+    Returns:
+        [S] mean losses, row by row and left to right; and [B, T] int64, the span of each token, -1 outside.
+    """
+    ends = (span_ends & response_mask) | last_response_token(response_mask)
+    flat = ends.flatten()
+    number = (flat.cumsum(0) - flat.long()).view_as(ends)  # an end belongs to the span that it closes
+    spans = torch.where(response_mask, number, -1)
+    one_hot = spans[None] == torch.arange(int(ends.sum()), device=spans.device)[:, None, None]
+    sums = torch.where(one_hot, token_losses[None], 0.0).sum((1, 2))
+    return sums / one_hot.sum((1, 2)), spans
+
+
+def worst_weights(losses: Tensor, *, divergence: Divergence, radius: float) -> Tensor:
+    """The distribution q over losses that makes their mean largest, within `radius` of the uniform one.
+
+        kl:          sum q log(S q) <= radius:             q ~ exp(loss / eta)
+        chi_square:  mean((S q - 1)^2) / 2 <= radius:      q ~ max(0, loss - eta)
+
+    eta is found by bisection. A radius of 0 is the plain mean; a large one puts all weight on the largest losses.
+
+    Args:
+        losses: [S].
+        radius: nats for `kl`, 0 or more.
+
+    Returns:
+        [S] float64 weights without gradient; they add up to 1.
+    """
+    x = losses.detach().double()
+    size = len(x)
+    uniform = torch.full_like(x, 1 / size)
+    if radius == 0 or x.max() == x.min():
+        return uniform
+    top = (x == x.max()).double()
+    top /= top.sum()
+    if _distance(top, divergence) <= radius:
+        return top
+    spread = (x.max() - x.min()).item()
+
+    def weights(level: float) -> Tensor:
+        """The larger the level in 0..1, the closer to the uniform one."""
+        if divergence == "kl":
+            return (x / (spread * level / (1 - level))).softmax(0)
+        raised = (x - (x.max() - spread * level / (1 - level))).clamp(min=0)
+        return raised / raised.sum()
+
+    low, high = 1e-9, 1 - 1e-9
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if _distance(weights(middle), divergence) <= radius else (middle, high)
+    return weights(high)
+
+
+def robust_loss(losses: Tensor, *, divergence: Divergence, radius: float) -> Tensor:
+    """The largest mean of `losses` [S] within `radius`; its gradient is that of the worst distribution (Danskin)."""
+    return (worst_weights(losses, divergence=divergence, radius=radius).to(losses.dtype) * losses).sum()
+
+
+def _distance(weights: Tensor, divergence: Divergence) -> float:
+    """Of a distribution [S] from the uniform one."""
+    ratio = len(weights) * weights
+    if divergence == "kl":
+        return torch.xlogy(weights, ratio).sum().item()
+    return ((ratio - 1).square().mean() / 2).item()

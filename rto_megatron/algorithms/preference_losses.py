@@ -1,0 +1,130 @@
+"""The neighbours of DPO among losses on pairs: R-DPO, SimPO and TDPO; each like `dpo_loss`, and returns its record.
+
+DPO and IPO are in `algorithms/dpo.py`.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from rto_megatron.algorithms.dpo import DPOLoss
+from rto_megatron.algorithms.masked import widen
+
+
+def rdpo_loss(
+    *,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    beta: float,
+    length_coef: float,
+    num_pairs: int | Tensor,
+) -> DPOLoss:
+    """R-DPO (arXiv 2403.19159): DPO for an objective that charges `length_coef` for every token.
+
+    The optimum of E[r - a |y|] - beta KL has r = beta log(pi / pi_ref) + a |y| + c(x), hence
+
+        - log sigmoid(beta * m + a * (|chosen| - |rejected|))
+
+    with m the margin of log-ratios, as in `dpo_loss`. What length explains of a label need not be learned; a = 0
+    is DPO.
+
+    Args:
+        policy_chosen, policy_rejected: [P] nats, whole responses under the model being trained; carry the gradient.
+        ref_chosen, ref_rejected: [P] nats, under the frozen SFT model.
+        chosen_tokens, rejected_tokens: [P] tokens of the responses.
+        beta: strength of the pull to the reference, per nat.
+        length_coef: a, reward units per token.
+        num_pairs: pairs of the whole minibatch, over all ranks.
+    """
+    chosen = beta * (widen(policy_chosen) - widen(ref_chosen))
+    rejected = beta * (widen(policy_rejected) - widen(ref_rejected))
+    explained = length_coef * (chosen_tokens - rejected_tokens)
+    return _result(chosen - rejected + explained, chosen, rejected, num_pairs)
+
+
+def simpo_loss(
+    *,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    chosen_tokens: Tensor,
+    rejected_tokens: Tensor,
+    beta: float,
+    margin: float,
+    num_pairs: int | Tensor,
+) -> DPOLoss:
+    """SimPO (arXiv 2405.14734, equation 6): the log-prob per token is the reward, and no reference takes part.
+
+        - log sigmoid(beta * (log pi(chosen) / |chosen| - log pi(rejected) / |rejected|) - margin)
+
+    Args:
+        policy_chosen, policy_rejected: [P] nats, whole responses under the model being trained; carry the gradient.
+        chosen_tokens, rejected_tokens: [P] tokens of the responses, 1 or more.
+        beta: reward units per nat per token; the paper takes 2 to 10.
+        margin: by how much the chosen side is to win, reward units; the paper's gamma.
+        num_pairs: pairs of the whole minibatch, over all ranks.
+    """
+    chosen = beta * widen(policy_chosen) / chosen_tokens
+    rejected = beta * widen(policy_rejected) / rejected_tokens
+    return _result(chosen - rejected - margin, chosen, rejected, num_pairs)
+
+
+def tdpo_loss(
+    *,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_kl: Tensor,
+    rejected_kl: Tensor,
+    beta: float,
+    kl_coef: float | None,
+    num_pairs: int | Tensor,
+) -> DPOLoss:
+    """TDPO (arXiv 2404.11999): DPO whose margin also counts how far the policy has left the reference on the way.
+
+    With m the margin of log-ratios and D the sum over a response's positions of KL(pi_ref || pi), over the vocabulary:
+
+        TDPO1, kl_coef None:  - log sigmoid(beta * (m - (D(rejected) - D(chosen))))
+        TDPO2, kl_coef a:     - log sigmoid(beta * (m - a * (D(rejected) - stop_gradient(D(chosen)))))
+
+    TDPO2's stopped gradient only pulls the rejected side back. a = 0 is DPO.
+
+    Args:
+        policy_chosen, policy_rejected: [P] nats, whole responses under the model being trained; carry the gradient.
+        ref_chosen, ref_rejected: [P] nats, under the frozen SFT model.
+        chosen_kl, rejected_kl: [P] nats, D; see `sequential_kl`; carry the gradient.
+        beta: strength of the pull to the reference, per nat.
+        kl_coef: a; the paper takes 0.5.
+        num_pairs: pairs of the whole minibatch, over all ranks.
+    """
+    chosen = beta * (widen(policy_chosen) - widen(ref_chosen))
+    rejected = beta * (widen(policy_rejected) - widen(ref_rejected))
+    drift = rejected_kl - chosen_kl if kl_coef is None else kl_coef * (rejected_kl - chosen_kl.detach())
+    # its reward counts the drift too: r = beta * (log-ratio + D)
+    return _result(
+        chosen - rejected - beta * drift, chosen + beta * chosen_kl, rejected + beta * rejected_kl, num_pairs
+    )
+
+
+def sequential_kl(policy_log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor) -> Tensor:
+    """Sum over response tokens of KL(pi_ref || pi) at the position that predicts each; [B] nats.
+
+    Args:
+        policy_log_probs, ref_log_probs: [B, T, V] nats, log-softmax of what predicts the token in column t.
+        response_mask: [B, T] bool.
+    """
+    policy, ref = widen(policy_log_probs), widen(ref_log_probs)
+    per_token = F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
+    return per_token.where(response_mask, 0.0).sum(-1)
+
+
+def _result(lead: Tensor, chosen: Tensor, rejected: Tensor, num_pairs: int | Tensor) -> DPOLoss:
+    """-log sigmoid of the lead [P], and the rewards of both sides [P]."""
+    return DPOLoss(
+        loss=-F.logsigmoid(lead).sum() / num_pairs,
+        chosen_rewards=chosen.detach(),
+        rejected_rewards=rejected.detach(),
+    )

@@ -141,6 +141,9 @@ METRICS: dict[str, str] = {
     # Held-out prompts
     "eval/score": "Reward model's normalised score of responses to held-out prompts; mean",
     "eval/kl": "k1 summed over a response to a held-out prompt; mean over responses (nats)",
+    "eval/win_rate": "Held-out prompts where the score is above that of the reference's response; ties half (share)",
+    "eval/grade": "Mean grade of responses to held-out prompts by `grader`, a function of the user's (its own units)",
+    "eval/grade_win_rate": "Held-out prompts where the grade is above that of the reference's; ties half (share)",
     "eval/response_length": "Length of a response to a held-out prompt, EOS included; mean (tokens)",
     "eval/truncated_frac": "Responses to held-out prompts that filled the window (share of 1)",
     # Health

@@ -13,8 +13,12 @@ class CheckpointConfig:
     keep_last: int | None = 2
     """How many of the newest to keep; null keeps all."""
     keep_best: bool = False
-    """Keep the best one too: lowest held-out loss (sft, dpo, reward), highest held-out score (rto). Where two saves
-    share an evaluation, the newer one does not count as better. `checkpoints/best.txt` names it."""
+    """Keep the best one too, by `best_metric`. Where two saves share an evaluation, the newer one does not count as
+    better. `checkpoints/best.txt` names it."""
+    best_metric: str | None = None
+    """The held-out metric by which the best is known, such as `eval/grade` or `dpo/eval_accuracy`; null takes the loss
+    (sft, dpo, reward) or the score (rto). Of losses, KL, lengths and truncation the lowest is the best, else the
+    highest."""
     optimizer_at_end: bool = True
     """Save optimizer states with the last step too, so that the run can be made longer: 12 bytes a trained parameter.
     Earlier checkpoints always hold them."""

@@ -153,6 +153,9 @@ class RTORun:
     """Responses of one PPO minibatch, over all ranks; divides prompts_per_step x samples_per_prompt."""
     eval_every: int = 0
     """Steps between evaluations on data.eval; 0 evaluates at start and end only."""
+    grader: str | None = None
+    """`module:function` of yours that grades held-out answers: function(prompts, responses), two lists of texts -> a
+    number for each response, the higher the better. Imported from where the command is started; null asks nobody."""
     allow_other_reference: bool = False
     """Go on although the DPO run's recorded parent is not `reference`."""
     rto: RTOConfig = field(default_factory=RTOConfig)
@@ -269,6 +272,9 @@ class EvaluateRun:
     """A prompt over rollout.max_prompt_tokens is dropped and counted, or an error."""
     max_prompts: int | None = None
     """Evaluate on the first so many; null takes all."""
+    grader: str | None = None
+    """`module:function` of yours that grades held-out answers: function(prompts, responses), two lists of texts -> a
+    number for each response, the higher the better. Imported from where the command is started; null asks nobody."""
     num_shown: int = 3
     """Prompts whose responses are printed."""
     allow_other_reference: bool = False

@@ -82,7 +82,7 @@ class Course:
         with self.clock.phase("evaluate"):
             self._extra = self.measure(self.at)
         with self.clock.phase("save"):
-            self._extra |= self.checkpoints.after(self.at, held_out=self._extra.get("eval/score"), hand_over=hand_over)
+            self._extra |= self.checkpoints.after(self.at, held_out=self._extra, hand_over=hand_over)
         if self.is_over:
             self.running.log.write(self.config.num_steps, self._extra | self.clock.take())
             self.running.console.say(f"checkpoint: {self.checkpoints.last_folder}")
@@ -141,7 +141,7 @@ def on_course(
     check_unchanged(own, manifest)
     with open_run(config, name, mesh, sizes, own=own) as running:
         running.console.say(f"prompts: {dropped}")
-        checkpoints = Checkpoints(config, trained, lambda: manifest, tokenizer, config.num_steps, higher_is_better=True)
+        checkpoints = Checkpoints(config, trained, lambda: manifest, tokenizer, config.num_steps)
         lanes = cast_of(config, world_size()).lanes if config.schedule.minibatches == "logical" else None
         at, clock = checkpoints.take_up(own, Progress(kl_coef=config.rto.kl_coef, lanes=lanes)), Clock()
         with running.console.progress(name, total=config.num_steps, start=at.step) as shown:

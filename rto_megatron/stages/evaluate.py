@@ -1,23 +1,25 @@
 """Policies side by side on held-out prompts: score, KL to the reference, what the return is made of."""
 
 import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from rto_megatron.algorithms.rewards import shape_token_rewards
 from rto_megatron.config.run import EvaluateRun
 from rto_megatron.data.readers import PromptRow, read_prompts
-from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.metrics import Console, format_number
 from rto_megatron.stages.actors import load_judges
+from rto_megatron.stages.answer_files import alpaca_eval, arena_hard, labels_of
 from rto_megatron.stages.generate import check_writable, json_lines, write_text
+from rto_megatron.stages.grader import grade, load_grader, win_rate
 from rto_megatron.stages.held_out import Answers, answer
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
+from rto_megatron.stages.run import writing
 
 COLUMNS = {
     "policy": "run",
@@ -31,6 +33,11 @@ COLUMNS = {
     "kl_share": "share of the KL term",
     "score_share": "share of the score term",
 }
+GRADES = {
+    "grade": "mean grade by `grader`",
+    "grade_win_rate": "share of prompts on which it has the higher grade than the first policy; a tie counts half",
+}
+"""More columns, where there is a grader."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,10 @@ class Row:
     name: str
     """The last part of its path, or the whole where two would be the same."""
     answers: Answers
+    texts: list[str] = field(default_factory=list)
+    """The responses."""
+    grades: list[float] = field(default_factory=list)
+    """By the user's grader; none without one, and on other ranks than the main one."""
 
 
 def run(config: EvaluateRun, runtime: Runtime) -> None:
@@ -47,6 +58,7 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
     mesh, console = build_mesh(config.parallel, runtime, seed=config.seed), Console(is_main())
     check_writable("run_dir", config.run_dir / "evaluation.json")
     parents = check_run(config, mesh.data.size)  # all of them, before the first one's answers take an hour
+    grader = load_grader(config.grader)
     judges = load_judges(config, mesh)
     tokenizer = tokenizer_of(parents["reference"])
     prompts, dropped = read_prompts(
@@ -66,27 +78,34 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
             temperature=config.rollout.log_prob_temperature,
         )
         name = path.name if len({p.name for p in config.checkpoints}) == len(config.checkpoints) else str(path)
-        rows.append(Row(name, answer(policy, prompts, config, judges, tokenizer, mesh)))
+        answers = answer(policy, prompts, config, judges, tokenizer, mesh)
+        texts, grades = answers.texts(tokenizer), []
+        if grader and config.grader and is_main():
+            grades = grade(grader, config.grader, [prompt.text for prompt in prompts], texts)
+        rows.append(Row(name, answers, texts, grades))
     table = [summarise(row, rows[0], config) for row in rows]
     if is_main():
-        _write(config.run_dir, table, rows, prompts, tokenizer)
-    _show(console, table, rows, prompts, tokenizer, config)
+        _write(config, table, rows, prompts)
+    _show(console, table, rows, prompts, config)
 
 
 def summarise(row: Row, first: Row, config: EvaluateRun) -> dict[str, object]:
-    """One line of the table; keys as in COLUMNS."""
+    """One line of the table; keys as in COLUMNS, and GRADES where the row has grades."""
     answers, scores = row.answers, row.answers.signals.scores.double()
-    numbers = answers.metrics()
-    wins = scores - first.answers.signals.scores.double()
+    numbers, grades = answers.metrics(), {}
+    if row.grades:
+        mean = sum(row.grades) / len(row.grades)
+        grades = {"grade": mean, "grade_win_rate": win_rate(row.grades, first.grades)}
     return {
         "policy": row.name,
         "score": numbers["eval/score"],
         "score_error": (scores.std(correction=0) / len(scores) ** 0.5).item(),
-        "win_rate": ((wins > 0).double() + (wins == 0).double() / 2).mean().item(),
+        "win_rate": win_rate(scores.tolist(), first.answers.signals.scores.double().tolist()),
         "kl": numbers["eval/kl"],
         "length": numbers["eval/response_length"],
         "truncated": numbers["eval/truncated_frac"],
         **_shares(answers, config),
+        **grades,
     }
 
 
@@ -109,29 +128,32 @@ def _shares(answers: Answers, config: EvaluateRun) -> dict[str, float]:
     return dict(zip(("dpo_share", "kl_share", "score_share"), shares, strict=True))
 
 
-def _responses(row: Row, tokenizer: Tokenizer) -> list[str]:
-    rollout = row.answers.rollout
-    return [
-        tokenizer.decode(tokens[mask].tolist())
-        for tokens, mask in zip(rollout.tokens, rollout.response_mask, strict=True)
-    ]
+def _columns(table: list[dict[str, object]]) -> dict[str, str]:
+    return COLUMNS | {name: meaning for name, meaning in GRADES.items() if name in table[0]}
 
 
-def _write(
-    folder: Path, table: list[dict[str, object]], rows: list[Row], prompts: list[PromptRow], tokenizer: Tokenizer
-) -> None:
-    lines = [list(COLUMNS), ["---"] * len(COLUMNS), *([format_number(row[name]) for name in COLUMNS] for row in table)]
-    texts = {row.name: _responses(row, tokenizer) for row in rows}
+def _write(config: EvaluateRun, table: list[dict[str, object]], rows: list[Row], prompts: Sequence[PromptRow]) -> None:
+    columns = _columns(table)
+    lines = [list(columns), ["---"] * len(columns), *([format_number(row[name]) for name in columns] for row in table)]
     answers = [
-        {"prompt": prompt.text, "responses": {name: responses[i] for name, responses in texts.items()}}
+        {"prompt": prompt.text, "responses": {row.name: row.texts[i] for row in rows}}
         for i, prompt in enumerate(prompts)
     ]
-    for name, text in {
-        "evaluation.json": json.dumps({"columns": COLUMNS, "rows": table}, indent=1),
+    files = {
+        "evaluation.json": json.dumps({"columns": columns, "rows": table}, indent=1),
         "evaluation.md": "".join(f"| {' | '.join(line)} |\n" for line in lines),
         "responses.jsonl": json_lines(answers),
-    }.items():
-        write_text("run_dir", folder / name, text)
+    }
+    labels = labels_of(config.prompts, prompts)
+    for row in rows:
+        name, num_tokens = row.name.replace("/", "_"), row.answers.rollout.response_mask.sum(-1).tolist()
+        files[f"alpaca_eval/{name}.json"] = alpaca_eval(name, prompts, labels, row.texts)
+        files[f"arena_hard/{name}.jsonl"] = arena_hard(name, labels, row.texts, num_tokens)
+    for name, text in files.items():
+        path = config.run_dir / name
+        with writing("run_dir", path):
+            path.parent.mkdir(exist_ok=True)
+        write_text("run_dir", path, text)
 
 
 def _show(
@@ -139,16 +161,13 @@ def _show(
     table: list[dict[str, object]],
     rows: list[Row],
     prompts: list[PromptRow],
-    tokenizer: Tokenizer,
     config: EvaluateRun,
 ) -> None:
-    console.table(
-        f"held out: {len(prompts)} prompts", list(COLUMNS), [[row[name] for name in COLUMNS] for row in table]
-    )
-    texts = [_responses(row, tokenizer) for row in rows]
+    columns = list(_columns(table))
+    console.table(f"held out: {len(prompts)} prompts", columns, [[row[name] for name in columns] for row in table])
     for i, prompt in enumerate(prompts[: config.num_shown]):
         console.say(f"\nprompt {i + 1}: {prompt.text}")
-        for row, responses in zip(rows, texts, strict=True):
+        for row in rows:
             score = row.answers.signals.scores[i].item()
-            console.say(f"  [{row.name}, score {score:.2f}] {responses[i].strip()}")
+            console.say(f"  [{row.name}, score {score:.2f}] {row.texts[i].strip()}")
     console.say(f"\ntable and responses: {config.run_dir}")

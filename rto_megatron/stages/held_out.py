@@ -23,6 +23,7 @@ from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Judges, score_rollout
+from rto_megatron.stages.grader import Grader, grade, load_grader, win_rate
 from rto_megatron.stages.resume import Progress
 from rto_megatron.stages.run import writing
 
@@ -42,6 +43,11 @@ class Answers:
         """[B] nats: log pi - log pi_ref of each whole response."""
         ratio = self.signals.policy_log_probs - self.signals.ref_log_probs
         return sequence_log_probs(ratio, self.rollout.response_mask)
+
+    def texts(self, tokenizer: Tokenizer) -> list[str]:
+        """The responses, in the order of the prompts."""
+        rows = zip(self.rollout.tokens, self.rollout.response_mask, strict=True)
+        return [tokenizer.decode(tokens[mask].tolist()) for tokens, mask in rows]
 
     def metrics(self) -> dict[str, float]:
         """`eval/*`."""
@@ -118,6 +124,16 @@ def _pairs_of(config: RTORun, tokenizer: Tokenizer) -> list[PreferenceRow]:
     return pairs[:MOST_PAIRS]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Graded:
+    """What is compared of a policy's answers to all held-out prompts."""
+
+    scores: list[float]
+    """Of the reward model."""
+    grades: list[float]
+    """Of the user's grader; none without one."""
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """The held-out prompts of an RTO run, and when to answer them."""
@@ -128,6 +144,9 @@ class HeldOut:
     """[V] bool, ids that close a sentence; for `rto.shaping: sentence` only."""
     pairs: list[PreferenceRow] = field(default_factory=list)
     """Those of data.eval that are preference pairs: the DPO reward is held against them."""
+    grader: Grader | None = None
+    of_reference: list[Graded] = field(default_factory=list)
+    """The reference's answers, once they are there: it is frozen."""
 
     @classmethod
     def of_run(cls, config: RTORun, tokenizer: Tokenizer, sentence_ends: Tensor | None = None) -> "HeldOut":
@@ -137,7 +156,7 @@ class HeldOut:
         limit = config.rollout.max_prompt_tokens
         prompts, _ = read_prompts(config.data.eval, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long)
         pairs = _pairs_of(config, tokenizer) if config.rto.dpo_coef else []
-        return cls(prompts, config, sentence_ends, pairs)
+        return cls(prompts, config, sentence_ends, pairs, load_grader(config.grader))
 
     def is_due(self, step: int) -> bool:
         """Whether to measure before `step`."""
@@ -155,7 +174,10 @@ class HeldOut:
         *,
         writes: bool,
     ) -> dict[str, float]:
-        """`eval/*`, on ranks that hold all of these; the one that `writes` leaves the token credit on disk."""
+        """`eval/*`, on ranks that hold all of these; the one that `writes` has all of them.
+
+        It leaves the token credit on disk too, and alone asks the grader.
+        """
         shows_credit = self.config.credit.responses > 0
         answers = answer(policy, self.prompts, self.config, judges, tokenizer, mesh, critic if shows_credit else None)
         if shows_credit and writes:
@@ -163,7 +185,27 @@ class HeldOut:
         accuracy = {}
         if self.pairs and at.step == 0:  # the judges are frozen: it stays what it is
             accuracy = {"health/dpo_accuracy": dpo_accuracy(self.pairs, judges, self.config, tokenizer, mesh)}
-        return answers.metrics() | accuracy
+        if not self.of_reference:
+            of_reference = answer(judges.reference, self.prompts, self.config, judges, tokenizer, mesh)
+            self.of_reference.append(self._graded(of_reference, tokenizer, writes=writes))
+        compared = self._compare(self._graded(answers, tokenizer, writes=writes), has_scores=judges.reward is not None)
+        return answers.metrics() | compared | accuracy
+
+    def _graded(self, answers: Answers, tokenizer: Tokenizer, *, writes: bool) -> Graded:
+        grades = []
+        if self.grader and self.config.grader and writes:
+            prompts = [prompt.text for prompt in self.prompts]
+            grades = grade(self.grader, self.config.grader, prompts, answers.texts(tokenizer))
+        return Graded(scores=answers.signals.scores.tolist(), grades=grades)
+
+    def _compare(self, ours: Graded, *, has_scores: bool) -> dict[str, float]:
+        [theirs], numbers = self.of_reference, {}
+        if has_scores:
+            numbers["eval/win_rate"] = win_rate(ours.scores, theirs.scores)
+        if ours.grades:
+            numbers["eval/grade"] = sum(ours.grades) / len(ours.grades)
+            numbers["eval/grade_win_rate"] = win_rate(ours.grades, theirs.grades)
+        return numbers
 
     def _write_credit(self, at: Progress, answers: Answers, tokenizer: Tokenizer, *, has_critic: bool) -> None:
         """Store the credit of each token, and draw the page of the run."""

@@ -5,6 +5,7 @@ optimizers' states and `progress` are all that moves, and a run that takes them 
 never stopped: in float32, in the same layout.
 """
 
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.runtime import is_main
 from rto_megatron.distributed.save import Saved, Saver
 from rto_megatron.errors import CheckpointError, ConfigError, StoppedToContinue
+from rto_megatron.metric_names import METRICS
 from rto_megatron.metrics import Console
 
 TrainingRun = SFTRun | DPORun | RewardRun | RTORun
@@ -43,6 +45,7 @@ FREE = (
     "compute.",
     "checkpoint.",
     "eval_every",
+    "grader",
     "train.eval_every",
     "schedule.",
     "credit.",
@@ -50,7 +53,7 @@ FREE = (
 )
 """Beginnings of settings that a run may change on its way: where and how it is computed, not what."""
 
-FIXED = ("schedule.staleness", "schedule.minibatches")
+FIXED = ("schedule.staleness", "schedule.minibatches", "checkpoint.best_metric")
 """Settings that it may not change though they begin so."""
 
 FIXED_IF_LOGICAL = ("schedule.lanes", "schedule.slice_steps")
@@ -60,6 +63,7 @@ NEWER = {
     "schedule.staleness": 0,
     "schedule.minibatches": "random",
     "ppo.importance_cap": 2.0,
+    "checkpoint.best_metric": None,
     "dpo.length_coef": 0.0,
     "dpo.margin": 0.0,
 }
@@ -128,8 +132,6 @@ class Checkpoints:
         make_manifest: Callable[[], Manifest],
         tokenizer: Tokenizer,
         num_steps: int,
-        *,
-        higher_is_better: bool = False,
     ) -> None:
         """Begin.
 
@@ -137,10 +139,9 @@ class Checkpoints:
             trained: role -> model and optimizer; the same roles on all ranks, None where a rank has no part.
             make_manifest: what a checkpoint says of itself; step, config, optimizers and progress are filled in.
             num_steps: of the whole run; the last one is saved in any case.
-            higher_is_better: of the held-out number by which the best checkpoint is kept.
         """
         self.config, self.trained, self.make_manifest = config, trained, make_manifest
-        self.num_steps, self.higher_is_better = num_steps, higher_is_better
+        self.num_steps, self.best_metric = num_steps, best_metric_of(config)
         self._saver = Saver(config.run_dir, config.checkpoint, tokenizer.save)
         self._first_step = 0
         self._reported: Saved | None = None
@@ -177,13 +178,13 @@ class Checkpoints:
         self,
         progress: Progress,
         *,
-        held_out: float | None = None,
+        held_out: Mapping[str, float] | None = None,
         hand_over: Callable[[Path], None] | None = None,
     ) -> dict[str, float]:
         """Save if it is time, once `progress.step` steps are done; the numbers of a save that was completed.
 
         Args:
-            held_out: the number by which the best is kept, if it has just been measured.
+            held_out: metrics, among them that by which the best is kept if it has just been measured.
             hand_over: writes what the next step has got already into the folder of a checkpoint; on the main rank.
 
         Raises:
@@ -197,7 +198,7 @@ class Checkpoints:
         every, last = self.config.checkpoint.save_every, progress.step == self.num_steps
         stop = stop_requested() and not last
         if last or stop or (every and progress.step % every == 0):
-            is_best = self._is_best(progress, held_out)
+            is_best = self._is_best(progress, (held_out or {}).get(self.best_metric))
             optimizers = not last or self.config.checkpoint.optimizer_at_end
             self._save(progress, is_best=is_best, optimizers=optimizers, hand_over=hand_over)
         if last or stop:
@@ -212,7 +213,7 @@ class Checkpoints:
     def _is_best(self, progress: Progress, held_out: float | None) -> bool:
         if not self.config.checkpoint.keep_best or held_out is None:
             return False
-        sign = 1 if self.higher_is_better else -1
+        sign = -1 if LOWER_IS_BETTER.search(self.best_metric) else 1
         is_best = progress.best is None or sign * held_out > sign * progress.best
         if is_best:
             progress.best = held_out
@@ -251,12 +252,41 @@ class Checkpoints:
         return self._saver.last.folder
 
 
+LOWER_IS_BETTER = re.compile("loss$|kl$|length$|truncated_frac$")
+"""Names of the held-out metrics of which the lowest is the best."""
+
+
+def best_metric_of(config: TrainingRun) -> str:
+    """The held-out metric by which the best checkpoint is known.
+
+    Raises:
+        ConfigError: checkpoint.best_metric names none that this run measures.
+    """
+    if isinstance(config, RTORun):
+        beginning, default = "eval/", "eval/score"
+    else:
+        group = {SFTRun: "sft", DPORun: "dpo", RewardRun: "reward_model"}[type(config)]
+        beginning, default = f"{group}/eval_", f"{group}/eval_loss"
+    name = config.checkpoint.best_metric or default
+    known = [metric for metric in METRICS if metric.startswith(beginning)]
+    if isinstance(config, RTORun):
+        without = [] if config.grader else ["eval/grade", "eval/grade_win_rate"]
+        without += [] if config.rto.score_coef else ["eval/win_rate"]
+        known = [metric for metric in known if metric not in without]
+    if name not in known:
+        raise ConfigError(
+            f"checkpoint.best_metric must be a held-out metric of this run ({', '.join(known)}), got {name}"
+        )
+    return name
+
+
 def find_own(config: TrainingRun, stage: str) -> Checkpoint | None:
     """The checkpoint that an earlier start of this run has left in its run folder.
 
     Raises:
         ConfigError: the folder holds another run: of another stage or with other settings.
     """
+    best_metric_of(config)
     root = config.run_dir / "checkpoints"
     # a run that was killed before its first tracker was written, or whose tracker is lost, has its steps all the same
     newest = config.run_dir if (root / TRACKER).exists() else newest_step(root)

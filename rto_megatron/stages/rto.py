@@ -10,6 +10,7 @@ from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.data.readers import Dropped, PromptRow
 from rto_megatron.distributed.checkpoint import Checkpoint
+from rto_megatron.distributed.collectives import broadcast_object
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows
 from rto_megatron.distributed.runtime import Runtime, is_main, rank, world_size
@@ -90,9 +91,10 @@ def one_after_the_other(config: RTORun, runtime: Runtime, own: Checkpoint | None
         if not held_out.is_due(at.step):
             return {}
         critic = actors.critic.model if actors.critic else None
-        return held_out.measure(
+        numbers = held_out.measure(
             at, actors.policy.model, critic, actors.judges, actors.tokenizer, mesh, writes=is_main()
         )
+        return broadcast_object(numbers)  # the main rank has more: only there the grader was asked
 
     trained = {"policy": actors.policy, **({"critic": actors.critic} if actors.critic else {})}
     held = {role: (trainable, mesh, config.parallel) for role, trainable in trained.items()}

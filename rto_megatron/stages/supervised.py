@@ -151,11 +151,12 @@ def fit(
             if due:
                 with clock.phase("evaluate"):
                     held_out = evaluate(trainable, task, eval_rows, config, mesh)
+            eval_numbers = with_prefix(f"{task.group}/eval_", held_out) if due else {}
             seconds = clock.take()
             run.log.write(
                 step,
                 with_prefix(f"{task.group}/", numbers)
-                | (with_prefix(f"{task.group}/eval_", held_out) if due else {})
+                | eval_numbers
                 | {"optimizer/grad_norm": result.grad_norm, "optimizer/learning_rate": lr}
                 | {"speed/tokens_per_second": sum(tokens) / seconds["time/step_seconds"]}
                 | {"speed/token_imbalance": imbalance(tokens, shares)}
@@ -165,7 +166,7 @@ def fit(
             progress.done(step, numbers)
             at.step = step + 1
             with clock.phase("save"):
-                extra = checkpoints.after(at, held_out=held_out["loss"] if due else None)
+                extra = checkpoints.after(at, held_out=eval_numbers)
     run.log.write(total, extra | clock.take())
     run.console.say(f"checkpoint: {checkpoints.last_folder}")
     if held_out:

@@ -56,6 +56,7 @@ def test_rto_writes_metrics_checkpoint_and_config(chain, tmp_path):
     }
     assert wanted <= rows[0].keys()
     assert {"eval/score", "eval/kl"} <= rows[0].keys() & rows[-1].keys()
+    assert rows[0]["eval/win_rate"] == 0.5  # the policy is still the reference: all are ties
     shares = [rows[0][f"reward/{term}_share"] for term in ("dpo", "kl", "score")]
     assert sum(shares) == pytest.approx(1)
     assert rows[0]["decode/log_prob_diff_max"] < 1e-4

@@ -89,7 +89,8 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
         head: _Head = ctx.head
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # a frozen output layer (adapters) has no gradient: it would be as large as the layer, and a third of the work
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, hidden.shape[0] if head.num_rows else 0, head.chunk):
             rows = slice(start, start + head.chunk)
             log_probs = head.logits(hidden[rows], weight).sub_(log_norm[rows, None])
@@ -100,8 +101,9 @@ class _LinearLogProbs(torch.autograd.Function):
             slope.scatter_add_(1, index[:, None], torch.where(mine, wanted[:, 0], 0.0)[:, None])
             slope = slope.to(hidden.dtype)
             grad_hidden[rows] = slope @ weight[: head.num_rows]
-            grad_weight[: head.num_rows].add_(slope.T @ hidden[rows])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight[: head.num_rows].add_(slope.T @ hidden[rows])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _own(labels: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

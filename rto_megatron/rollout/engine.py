@@ -203,17 +203,24 @@ class DecodeBatch:
         hidden = engine._forward.run(torch.tensor(ids, device=engine._device), self._cache)
         drawn = None
         if hidden is not None:
-            logits = F.linear(hidden[ends], engine._model.output_weight()).float()
-            tokens, log_probs = sample(
-                logits, self._rows(sequences), first_id=engine._first_id, banned=engine._banned, group=engine._tensor
-            )
-            drawn = torch.stack((tokens.double(), log_probs.double()))
+            drawn = self._draw(hidden[ends], self._rows(sequences))
         drawn = share_from_last_stage(
             drawn, engine._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=engine._device
         )
         for sequence, token, log_prob in zip(sequences, *drawn.tolist(), strict=True):
             sequence.tokens.append(int(token))
             sequence.log_probs.append(log_prob)
+
+    def _draw(self, hidden: Tensor, rows: Rows) -> Tensor:
+        """[B, H] -> [2, B] float64: tokens and their log-probs; logits exist of `log_prob_chunk` rows at a time."""
+        engine, chunk, drawn = self._engine, self._engine._model.log_prob_chunk, []
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            logits = F.linear(hidden[part], engine._model.output_weight()).float()
+            drawn.append(
+                sample(logits, rows[part], first_id=engine._first_id, banned=engine._banned, group=engine._tensor)
+            )
+        return torch.stack([torch.cat(parts).double() for parts in zip(*drawn, strict=True)])
 
     def _rows(self, sequences: list[_Sequence]) -> Rows:
         requests = [sequence.request for sequence in sequences]

@@ -6,7 +6,7 @@ order or layout; only the rounding of the logits can, and that moves an argmax f
 moves the inverse of a cumulative sum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 
 import torch
@@ -42,6 +42,10 @@ class Rows:
         """Rows that need top-k or top-p."""
         settings = zip(self.temperatures, self.top_k, self.top_p, strict=True)
         return [i for i, (t, k, p) in enumerate(settings) if t > 0 and (k > 0 or p < 1)]
+
+    def __getitem__(self, part: slice) -> "Rows":
+        """Some of the rows."""
+        return Rows(**{field.name: getattr(self, field.name)[part] for field in fields(self)})
 
 
 def sample(logits: Tensor, rows: Rows, *, first_id: int, banned: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:

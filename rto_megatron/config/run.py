@@ -45,6 +45,12 @@ def _check_apart(run_dir: Path, **inputs: Path | None) -> None:
             raise ValueError(f"run_dir must not be the run that {name} names, got {run_dir} for both")
 
 
+def _check_no_context(parallel: ParallelConfig, why: str) -> None:
+    """Raise ValueError where context ranks would have nothing to share."""
+    if parallel.context > 1:
+        raise ValueError(f"parallel.context must be 1 here, got {parallel.context}: {why}; give it more data ranks")
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTRun:
     """Supervised fine-tuning: the likelihood of the response tokens."""
@@ -250,6 +256,7 @@ class GenerateRun:
     def __post_init__(self) -> None:
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ValueError(f"max_prompts must be 1 or more or null, got {self.max_prompts}; null takes all")
+        _check_no_context(self.parallel, "a response is written token by token")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +333,7 @@ class ConvertRun:
                 f"chat_template must be null where `tokenizer` names a run, which brings its own, "
                 f"got {self.chat_template}"
             )
+        _check_no_context(self.parallel, "there are no long rows in a conversion")
 
 
 STAGES = {

@@ -23,7 +23,8 @@ class ScheduleConfig:
     critic_ranks: int = 0
     """Ranks that train the critic alone, while others train the policy; 0 trains both on the same. Split only."""
     rollout: ParallelConfig | None = None
-    """Layout of the rollout ranks; null takes `parallel`."""
+    """Layout of the rollout ranks; null takes `parallel`, with context 1 where they do not score: context ranks have
+    nothing to share while they write."""
     critic: ParallelConfig | None = None
     """Layout of the critic's own ranks; null takes `parallel`."""
     score: Literal["train", "rollout", "all"] = "train"

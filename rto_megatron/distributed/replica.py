@@ -22,6 +22,17 @@ def sum_over_tensor(x: Tensor, group: ProcessGroup) -> Tensor:
     return x
 
 
+def agree_over_context(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The first context rank's `x`, on all of them, which bring their own; `x` itself is overwritten.
+
+    They compute the same from the same; but a device may add in another order the next time, and ranks with different
+    tokens would go on without a word.
+    """
+    if group.size() > 1:
+        dist.broadcast(x, group=group, group_src=0)
+    return x
+
+
 def send_to_next_stage(hidden: Tensor, group: ProcessGroup) -> None:
     """Hand hidden states to the next pipeline stage, which must be about to receive them."""
     dist.send(hidden.contiguous(), group=group, group_dst=group.rank() + 1)

@@ -70,8 +70,7 @@ def examine(path: Path | None, words: list[str], options: Options) -> Report:
     else:
         found.ok("all settings can be read and fit each other")
     started = os.environ.get("WORLD_SIZE")
-    one_replica = config.parallel.tensor * config.parallel.pipeline
-    least = least_ranks(config) if isinstance(config, RTORun) else one_replica
+    least = least_ranks(config) if isinstance(config, RTORun) else config.parallel.replica
     ranks = options.ranks or (int(started) if started else least)
     if options.nodes > ranks:
         raise ConfigError(f"nodes must be at most the {ranks} ranks, got {options.nodes}; give --ranks too")

@@ -31,8 +31,7 @@ def check_layout(found: Section, config: Any, *, ranks: int) -> int | None:
         num_data = found.attempt(partial(config.parallel.data, ranks), why=why)
         if num_data is None:
             return None
-        parallel = config.parallel
-        found.ok(f"{ranks} ranks = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {num_data}")
+        found.ok(f"{ranks} ranks = {config.parallel.sizes} x data {num_data}")
     broken = len(found.findings)
     for rule in size_rules(config, num_data):
         found.attempt(rule.check, why=rule.why)

@@ -71,7 +71,8 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
     way_out = (
         "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true, "
         "adapters (lora, critic_lora), compute.offload_frozen; "
-        "for activations compute.recompute and a smaller compute.micro_batch_tokens, for the cache rollout.max_slots"
+        "for activations compute.recompute, a smaller compute.micro_batch_tokens and, where one row is too long, "
+        "parallel.context; for the cache rollout.max_slots"
     )
     if certain > has:
         found.error(

@@ -5,7 +5,7 @@ Bytes of a parameter, on the rank that holds it (b = 4 in float32, 2 in bfloat16
     weights     b       every role
     gradients   4       of what learns: they are summed in float32
     optimizer   8 + m   of what learns: two running means, and in bfloat16 a float32 copy of the weight (m = 4);
-                        divided by D where optimizer.distributed is true
+                        divided by D where optimizer.distributed is true, and by the context ranks
 
 Activations are guessed from what a layer keeps for its backward pass, with attention that keeps no scores: within a
 third or so of what torch keeps.
@@ -68,7 +68,7 @@ def model_bytes(model: Model, parallel: ParallelConfig, compute: ComputeConfig, 
     return Bytes(
         weights=weights * item,
         gradients=learned * 4,
-        optimizer=states // (num_data if model.optimizer.distributed else 1),
+        optimizer=states // (num_data * parallel.context if model.optimizer.distributed else 1),
     )
 
 
@@ -93,7 +93,8 @@ def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: Comp
     queries = model.num_attention_heads * model.kv_channels
     keys_values = 2 * model.num_query_groups * model.kv_channels
     residuals = 5 * model.hidden_size // wide
-    attention = (3 * queries + 2 * keys_values) // parallel.tensor
+    # of its own tokens; and the keys and values of the other context ranks' tokens, which local attention keeps whole
+    attention = (3 * queries + (1 + parallel.context) * keys_values) // parallel.tensor
     mlp = 4 * model.ffn_hidden_size // parallel.tensor
     kept = {
         "none": residuals + attention + mlp,
@@ -102,4 +103,5 @@ def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: Comp
     }[compute.recompute]
     layers = model.num_layers // parallel.pipeline
     logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
-    return layers * tokens * kept * ITEM_BYTES[compute.dtype] * parallel.pipeline + logits
+    own = -(-tokens // parallel.context)
+    return layers * own * kept * ITEM_BYTES[compute.dtype] * parallel.pipeline + logits

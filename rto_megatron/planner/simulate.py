@@ -130,13 +130,15 @@ def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload,
     roles = _roles(config, workload, sizes)
     mean = workload.prompt_tokens + sum(workload.lengths(0, sizes.samples)) / sizes.samples
     layout = Layout(
-        engine_ranks=engine.tensor * engine.pipeline,
-        train_ranks=policy.tensor * policy.pipeline,
+        engine_ranks=engine.replica,
+        train_ranks=policy.replica,
         engine_tensor=engine.tensor,
         engine_pipeline=engine.pipeline,
+        engine_context=engine.context,
         train_tensor=policy.tensor,
         pipeline=policy.pipeline,
-        critic=(critic.tensor, critic.pipeline),
+        context=policy.context,
+        critic=(critic.tensor, critic.pipeline, critic.context),
         micro_tokens=max(1, min(round(mean * sizes.minibatch), config.compute.cut.most_tokens(round(mean)))),
         filled=1.0,
     )

@@ -1,8 +1,9 @@
 """Write responses with a Megatron GPT: a key-value cache, continuous admission, early finish.
 
-The scheduler is plain Python and runs the same on every tensor and pipeline rank of a replica: each
-rank admits, finishes and moves the same sequences in the same step, so no rank tells another what to do.
-Per step a pipeline stage hands on hidden states, and the last one returns 16 bytes a sequence.
+The scheduler is plain Python and runs the same on every rank of a replica: each admits, finishes and moves the
+same sequences in the same step, so no rank tells another what to do.
+Per step a pipeline stage hands on hidden states, and the last one returns 16 bytes a sequence. Context ranks have
+nothing to share, with one token a sequence: they all do the same, and take the first one's tokens.
 """
 
 from collections import deque
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rto_megatron.distributed.replica import share_from_last_stage
+from rto_megatron.distributed.replica import agree_over_context, share_from_last_stage
 from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.forward import ForwardPass
@@ -82,7 +83,8 @@ class RolloutEngine:
         """
         self._model, self._max_slots, self._max_length = model, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
-        self._tensor, self._pipeline = model.pg_collection.tp, model.pg_collection.pp
+        groups = model.pg_collection
+        self._tensor, self._pipeline, self._context = groups.tp, groups.pp, groups.cp
         self._device = next(model.parameters()).device
         self._forward = ForwardPass(model)
         if model.post_process:
@@ -95,7 +97,7 @@ class RolloutEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Write all requests; each is yielded in the step it ends, in one order on all ranks of the replica.
 
-        Every tensor and pipeline rank must call this with the same requests and consume it to the end.
+        Every rank of the replica must call this with the same requests and consume it to the end.
         A response depends on the weights and its own request alone.
 
         Raises:
@@ -156,7 +158,7 @@ class DecodeBatch:
     """Responses that are written together, in the slots of one cache.
 
     What a pass computes depends on who is in the batch, and that on what it was given: the same calls give the same
-    bits. Every tensor and pipeline rank of a replica makes the same calls.
+    bits. Every rank of a replica makes the same calls.
     """
 
     def __init__(self, engine: RolloutEngine, *, num_slots: int, max_length: int) -> None:
@@ -207,6 +209,7 @@ class DecodeBatch:
         drawn = share_from_last_stage(
             drawn, engine._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=engine._device
         )
+        drawn = agree_over_context(drawn, engine._context)
         for sequence, token, log_prob in zip(sequences, *drawn.tolist(), strict=True):
             sequence.tokens.append(int(token))
             sequence.log_probs.append(log_prob)

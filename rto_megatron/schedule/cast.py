@@ -1,6 +1,6 @@
 """Who is who: the ranks of each role and group, from a config and the size of the world. Arithmetic only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rto_megatron.config.parallel import ParallelConfig
 from rto_megatron.config.run import RTORun
@@ -92,7 +92,8 @@ def cast_of(config: RTORun, world: int) -> Cast:
         )
     writing = training + plan.rollout_ranks
     policy = _troupe("parallel", parallel, range(training))
-    engine = _troupe("schedule.rollout", plan.rollout or parallel, range(training, writing))
+    alike = parallel if plan.score != "train" else replace(parallel, context=1)
+    engine = _troupe("schedule.rollout", plan.rollout or alike, range(training, writing))
     critic = policy
     if plan.critic_ranks:
         critic = _troupe("schedule.critic", plan.critic or parallel, range(writing, world))

@@ -93,10 +93,14 @@ class Layout:
     """Of a group that trains."""
     engine_tensor: int = 1
     engine_pipeline: int = 1
+    engine_context: int = 1
+    """Ranks that write the same."""
     train_tensor: int = 1
     pipeline: int = 1
-    critic: tuple[int, int] | None = None
-    """Tensor and pipeline ranks of a group that trains the critic alone; null is as the policy's."""
+    context: int = 1
+    """Ranks that share the tokens of a microbatch."""
+    critic: tuple[int, int, int] | None = None
+    """Tensor, pipeline and context ranks of a group that trains the critic alone; null is as the policy's."""
     micro_tokens: int = 4096
     """Room of a microbatch of training, in tokens."""
     filled: float = 0.85
@@ -165,7 +169,8 @@ class Roofline:
         if item.kind == "decode":
             return self.decode(num_steps=load.num_steps, tokens=load.tokens, context=load.context)
         if item.kind == "prefill":
-            return self._forward(load, self.layout.engine_ranks, self.layout.engine_tensor)
+            sharing = self.layout.engine_ranks // self.layout.engine_context
+            return self._forward(load, sharing, self.layout.engine_tensor)
         if item.kind == "score":
             return self.score(load, self.ranks(group))
         if item.kind == "proximal":
@@ -194,9 +199,10 @@ class Roofline:
             tokens: drawn, over all steps and sequences.
             context: attended to, over all steps and sequences.
         """
-        t, gpu, eta = self.layout.engine_tensor, self.gpu, self.efficiency
-        copies = self.layout.engine_ranks // (t * self.layout.engine_pipeline)  # each decodes a share of the lane
-        bytes_each, faster = (1, eta.fp8) if self.layout.engine_fp8 else (2, 1.0)
+        layout, gpu, eta = self.layout, self.gpu, self.efficiency
+        t = layout.engine_tensor
+        copies = layout.engine_ranks // (t * layout.engine_pipeline * layout.engine_context)  # each has its share
+        bytes_each, faster = (1, eta.fp8) if layout.engine_fp8 else (2, 1.0)
         read = bytes_each * self.parameters * num_steps + cache_bytes_per_token(self.model) * context / copies
         multiply = 2 * self.parameters * tokens / copies
         seconds = max(read / (t * gpu.bandwidth * eta.memory), multiply / (t * gpu.flops * eta.gemm * faster))
@@ -213,9 +219,10 @@ class Roofline:
             alone: the model is the critic, and the group may have a layout of its own.
         """
         layout, forwards = self.layout, self.roles.forwards
-        tensor, pipeline = (layout.critic if alone else None) or (layout.train_tensor, layout.pipeline)
-        ranks = tensor * pipeline if alone and layout.critic else layout.train_ranks
-        copies = ranks // (tensor * pipeline)
+        policy = layout.train_tensor, layout.pipeline, layout.context
+        tensor, pipeline, context = (layout.critic if alone else None) or policy
+        ranks = tensor * pipeline * context if alone and layout.critic else layout.train_ranks
+        copies = ranks // (tensor * pipeline * context)
         micros = max(1, math.ceil(self.roles.padding * load.tokens / (copies * layout.micro_tokens * layout.filled)))
         together = num_models if self.roles.one_stream else 1
         stretched = stretch(together * micros, pipeline, forwards)

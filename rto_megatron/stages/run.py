@@ -78,7 +78,7 @@ def open_run(
     """
     folder, console, start = config.run_dir, Console(is_main()), own.manifest.step if own else 0
     log = _open_log(folder, dump_run(config), start)
-    layout = f"tensor {mesh.tensor.size} x pipeline {mesh.pipeline.size} x data {mesh.data.size}"
+    layout = f"{config.parallel.sizes} x data {mesh.data.size}"
     layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
     where = f"{world_size()} x {mesh.runtime.device.type}, {config.compute.dtype}, {layers} layers"
     console.table(f"{stage}: {folder}", ("size", "value"), [("ranks", where), ("layout", layout), *sizes])

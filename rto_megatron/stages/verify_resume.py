@@ -42,7 +42,7 @@ class Options:
     """What verify-resume takes beside the settings of the run."""
 
     ranks: int | None = None
-    """Processes of a run; null takes parallel.tensor x parallel.pipeline."""
+    """Processes of a run; null takes one replica."""
     steps: int = 4
     """Of the straight run."""
 
@@ -80,7 +80,7 @@ def main(path: Path | None, words: list[str]) -> int:
     stage, config = load_any(path, rest)
     if not isinstance(config, TrainingRun):
         raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {stage}")
-    ranks = options.ranks or config.parallel.tensor * config.parallel.pipeline
+    ranks = options.ranks or config.parallel.replica
     return Proof(stage, path, rest, config, ranks=ranks, steps=options.steps).run()
 
 
@@ -115,7 +115,8 @@ class Proof:
         rows = [("resumed", f"killed after step {killed_after}", 0.0), ("cold", "fresh optimizers", None)]
         if self.ranks > 1 and self.config.compute.dtype == "float32":  # bfloat16 sums differ by more
             self._from_half("one-rank")
-            alone = ["--parallel.tensor=1", "--parallel.pipeline=1", "--parallel.sequence=false"]
+            alone = [f"--parallel.{axis}=1" for axis in ("tensor", "pipeline", "context")]
+            alone.append("--parallel.sequence=false")
             self._go("one-rank", *alone, ranks=1)
             rows.append(("one-rank", f"from {self.ranks} ranks to 1", OTHER_LAYOUT))
         start_runtime(threads=1)

@@ -100,7 +100,8 @@ def main(path: Path | None, words: list[str]) -> int:
 
 def legs_of(config: RTORun, cast: Cast, ranks: int, options: Options) -> Iterator[Leg]:
     """The runs of a proof, that which the others are compared with first."""
-    plan, training, replica = config.schedule, len(cast.policy.ranks), config.parallel.tensor * config.parallel.pipeline
+    plan, training = config.schedule, len(cast.policy.ranks)
+    engine = config.parallel.tensor * config.parallel.pipeline  # without the context axis, as `cast_of` cuts it
     delays = f"--schedule.delay_seconds={options.delay_seconds}"
     other_seed = f"--seed={config.seed + 1}"
     if plan.staleness:
@@ -128,8 +129,8 @@ def legs_of(config: RTORun, cast: Cast, ranks: int, options: Options) -> Iterato
         tolerance = 0.0 if same else OTHER_LAYOUT
         yield Leg(name="split", ranks=ranks, words=(*common, delays), tolerance=tolerance)
     else:
-        words = (*common, "--schedule.map=split", f"--schedule.rollout_ranks={replica}", delays)
-        yield Leg(name="split", ranks=training + replica, words=words)
+        words = (*common, "--schedule.map=split", f"--schedule.rollout_ranks={engine}", delays)
+        yield Leg(name="split", ranks=training + engine, words=words)
     words = (*on_training_ranks, "--schedule.map=sequential", other_seed)
     yield Leg(name="another seed", ranks=training, words=words, must_differ=True)
 

@@ -10,22 +10,24 @@ from rto_megatron.errors import ConfigError
 from tests.ranks import run_ranks
 
 
-def place(tensor, pipeline):
-    mesh = build_mesh(ParallelConfig(tensor=tensor, pipeline=pipeline), start_runtime(threads=1), seed=0)
-    axes = (mesh.tensor, mesh.pipeline, mesh.data)
+def place(tensor, pipeline, context):
+    parallel = ParallelConfig(tensor=tensor, pipeline=pipeline, context=context)
+    mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
+    axes = (mesh.tensor, mesh.pipeline, mesh.context, mesh.data)
     return [(axis.rank, axis.size) for axis in axes], mesh.is_first_stage, mesh.is_last_stage
 
 
 @pytest.mark.parametrize(
-    ("tensor", "pipeline", "second_rank"),
+    ("tensor", "pipeline", "context", "second_rank"),
     [
-        (2, 1, ([(1, 2), (0, 1), (0, 1)], True, True)),
-        (1, 2, ([(0, 1), (1, 2), (0, 1)], False, True)),
-        (1, 1, ([(0, 1), (0, 1), (1, 2)], True, True)),
+        (2, 1, 1, ([(1, 2), (0, 1), (0, 1), (0, 1)], True, True)),
+        (1, 2, 1, ([(0, 1), (1, 2), (0, 1), (0, 1)], False, True)),
+        (1, 1, 2, ([(0, 1), (0, 1), (1, 2), (0, 1)], True, True)),
+        (1, 1, 1, ([(0, 1), (0, 1), (0, 1), (1, 2)], True, True)),
     ],
 )
-def test_the_second_of_two_ranks_lies_on_the_axis_that_was_asked_for(tensor, pipeline, second_rank):
-    assert run_ranks(place, 2, tensor, pipeline)[1] == second_rank
+def test_the_second_of_two_ranks_lies_on_the_axis_that_was_asked_for(tensor, pipeline, context, second_rank):
+    assert run_ranks(place, 2, tensor, pipeline, context)[1] == second_rank
 
 
 def message_of_a_mesh_that_does_not_fit():

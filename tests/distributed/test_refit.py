@@ -17,7 +17,7 @@ TIED, UNTIED = {}, {"tie_embeddings": False}
 QWEN = {"qkv_bias": True, "qk_norm": True, "num_query_groups": 1}
 """Qwen's biases and norms, and fewer key-value heads than tensor ranks."""
 
-TP2, PP2, PP4, ONE = {"tensor": 2}, {"pipeline": 2}, {"pipeline": 4}, {}
+TP2, CP2, PP2, PP4, ONE = {"tensor": 2}, {"context": 2}, {"pipeline": 2}, {"pipeline": 4}, {}
 
 
 def build(layout, ranks, architecture, *, kind="policy", dtype="float32", seed):
@@ -59,6 +59,8 @@ CASES = {
     "TP 2 to PP 2, overlapping ranks": (3, (TP2, (0, 2)), (PP2, (1, 3)), TIED, {}),
     "one rank to PP 4 around it": (4, (ONE, (1, 2)), (PP4, (0, 4)), TIED, {}),
     "PP 2 x DP 2 to TP 2 x DP 2": (4, (PP2, (0, 4)), (TP2, (0, 4)), TIED, {}),
+    "CP 2 x PP 2 to TP 2": (4, (CP2 | PP2, (0, 4)), (TP2, (0, 2)), TIED, {}),
+    "TP 2 to CP 2 x DP 2": (4, (TP2, (0, 2)), (CP2, (0, 4)), UNTIED, {}),
     "DP 2 to one other rank": (3, (ONE, (0, 2)), (ONE, (2, 3)), TIED, {}),
     "the same rank": (1, (ONE, (0, 1)), (ONE, (0, 1)), TIED, {}),
     "value model, TP 2 to PP 2": (4, (TP2, (0, 2)), (PP2, (2, 4)), TIED, {"kind": "value"}),

@@ -16,6 +16,7 @@ LAYOUTS = {
     "tensor 2": ["--parallel.tensor=2"],
     "tensor 2, sequence parallel": ["--parallel.tensor=2", "--parallel.sequence=true"],
     "pipeline 2": ["--parallel.pipeline=2"],
+    "context 2": ["--parallel.context=2"],
     "data 2": [],
 }
 """Name -> command-line words; two ranks each."""

@@ -28,6 +28,20 @@ def test_in_a_split_policy_trainers_come_first_then_writers_then_the_critics_own
 def test_a_replicas_pipeline_stages_are_farthest_apart_as_megatron_lays_them():
     cast = cast_of(config("--schedule.map=fused", "--parallel.tensor=2", "--parallel.pipeline=2"), 8)
     assert cast.groups == ((0, 1, 4, 5), (2, 3, 6, 7))
+    axes = ["--parallel.tensor=2", "--parallel.context=2", "--parallel.pipeline=2"]
+    assert cast_of(config("--schedule.map=fused", *axes), 16).groups == (
+        (0, 1, 2, 3, 8, 9, 10, 11),
+        (4, 5, 6, 7, 12, 13, 14, 15),
+    )
+
+
+def test_who_only_writes_has_no_context_axis_unless_it_is_asked_for():
+    words = [*SPLIT, "--parallel.context=2"]
+    assert cast_of(config(*words), 6).groups == ((0, 1, 2, 3), (4, 5))
+    shared = cast_of(config(*words, "--schedule.score=all", "--schedule.rollout_ranks=4"), 8)
+    assert shared.groups == ((0, 1, 2, 3), (4, 5, 6, 7))
+    asked = ["--schedule.rollout.context=2", "--schedule.rollout_ranks=4"]
+    assert cast_of(config(*words, *asked), 8).engine.parallel.sizes == "tensor 1 x context 2 x pipeline 1"
 
 
 @pytest.mark.parametrize(

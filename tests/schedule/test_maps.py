@@ -56,6 +56,7 @@ def sequential(chain, tmp_path_factory):
 
 
 TENSOR, PIPELINE, LANES = "--parallel.tensor=2", "--parallel.pipeline=2", "--schedule.lanes=2"
+CONTEXT = "--parallel.context=2"
 LOGICAL, SPLIT, DELAYS = "--schedule.minibatches=logical", "--schedule.map=split", "--schedule.delay_seconds=0.1"
 
 REUSE = ["--rollout.reuse_log_probs=true", "--rollout.check_rows=2"]
@@ -76,6 +77,8 @@ CASES = {
     "split 1 + 1, rollout ranks score": (1, [], 2, split(1, 0, "--schedule.score=rollout")),
     "split 2 + 2, all score": (2, [LANES], 4, split(2, 0, "--schedule.score=all")),
     "split 2 + 2, pipelines": (2, [PIPELINE], 4, split(2)),
+    "split 2 + 1, context 2": (2, [CONTEXT], 3, split(1)),
+    "split 2 + 2, context 2, all score": (2, [CONTEXT, LANES], 4, split(2, 0, "--schedule.score=all")),
     "split 1 + 1 + 1, critic alone": (1, [], 3, split(1, 1)),
     "split without a critic, log-probs reused": (1, ["--advantage.estimator=reinforce_pp", *REUSE], 2, split(1)),
     "fused, logical minibatches": (2, [LANES, LOGICAL], 2, ["--schedule.map=fused"]),

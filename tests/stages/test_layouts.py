@@ -14,6 +14,11 @@ LAYOUTS = {
     "tensor 2, sequence parallel": (2, ["--parallel.tensor=2", "--parallel.sequence=true"]),
     "pipeline 2": (2, ["--parallel.pipeline=2"]),
     "context 2": (2, ["--parallel.context=2"]),
+    "context 2 x tensor 2, sequence parallel": (
+        4,
+        ["--parallel.context=2", "--parallel.tensor=2", "--parallel.sequence=true"],
+    ),
+    "context 2 x pipeline 2": (4, ["--parallel.context=2", "--parallel.pipeline=2"]),
     "data 2": (2, []),
     "tensor 2 x pipeline 2": (4, ["--parallel.tensor=2", "--parallel.pipeline=2"]),
     "tensor 2 x pipeline 2, sequence parallel": (

@@ -116,11 +116,49 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stage, chain, straight, tmp_path
     assert any("_optimizer/" in name for name in hashes)
 
 
+def weights_and_optimizer_apart(mine, its):
+    """Largest differences of the policy's weights and of its optimizer state in two runs."""
+    from rto_megatron.distributed.checkpoint import largest_difference, open_checkpoint
+    from rto_megatron.distributed.runtime import start_runtime
+
+    start_runtime(threads=1)
+    folders = [open_checkpoint(run_dir).folder for run_dir in (mine, its)]
+    return [largest_difference(*(folder / part for folder in folders)) for part in ("policy", "policy_optimizer")]
+
+
+EVEN = "--optimizer.eps=1e-3"
+"""Adam divides by the gradient's size: of one that is rounding noise it makes a whole step, which this one damps."""
+
+
+@pytest.mark.parametrize(
+    ("stage", "world", "layout"),
+    [
+        ("sft", 2, ["--parallel.context=2"]),
+        pytest.param("dpo", 2, ["--parallel.context=2"], marks=pytest.mark.slow),
+        pytest.param(
+            "dpo",
+            4,
+            ["--parallel.context=2", "--parallel.tensor=2", "--parallel.sequence=true"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_run_that_context_ranks_began_goes_on_on_tensor_ranks(stage, world, layout, chain, tmp_path):
+    run_ranks(train, 1, stage, chain, words(stage, tmp_path / "alone", EVEN))
+    settings = words(stage, tmp_path / "moved", EVEN)
+    said = run_ranks(train_until_asked, world, stage, chain, [*settings, *layout], 2)
+    assert all("saved after step 2 of 4" in text for text in said)
+    run_ranks(train, 2, stage, chain, [*settings, "--parallel.tensor=2"])
+    apart = run_ranks(weights_and_optimizer_apart, 1, tmp_path / "moved", tmp_path / "alone")[0]
+    assert max(apart) < 1e-6
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         ["--parallel.tensor=2", "--parallel.sequence=true"],
         ["--parallel.pipeline=2"],
+        ["--parallel.context=2"],
         ["--optimizer.distributed=false", "--critic_optimizer.distributed=false"],
         ["--compute.dtype=bfloat16"],
     ],

@@ -5,7 +5,8 @@ microbatch of a role has been launched, its weights go. So the device holds two 
 Nothing is copied back: frozen weights do not change.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -41,6 +42,16 @@ class HostWeights:
         found = [self._host.pop(id(parameter)) for parameter in model.parameters() if id(parameter) in self._host]
         self._bring(found)
         self._copies.wait()
+
+    @contextmanager
+    def staying(self, model: MegatronModule) -> Iterator[None]:
+        """Inside, a model's weights are on the device, for what is no pass over the roles: it writes."""
+        found = [self._host[id(parameter)] for parameter in model.parameters() if id(parameter) in self._host]
+        self._bring(found)
+        self._copies.wait()
+        yield
+        for parameter, _ in found:
+            _empty(parameter)
 
     def bytes_of(self, parameter: torch.nn.Parameter) -> int:
         """Of a weight in host memory; 0 of one that stays on the device."""

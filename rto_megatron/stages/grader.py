@@ -3,7 +3,7 @@
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rto_megatron.errors import ConfigError
 
@@ -24,9 +24,9 @@ def load_grader(name: str | None) -> Grader | None:
         found: Any = getattr(importlib.import_module(module), function) if function else None
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"grader {name}: cannot be imported: {error}; give module:function, from {_here()}") from None
-    if not callable(found):
-        raise ConfigError(f"grader {name}: must name a function as module:function")
-    return found
+    if callable(found):
+        return cast(Grader, found)
+    raise ConfigError(f"grader {name}: must name a function as module:function")
 
 
 def grade(grader: Grader, name: str, prompts: list[str], responses: list[str]) -> list[float]:

@@ -1,6 +1,7 @@
 """How a policy does on prompts that nothing was trained on."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -72,15 +73,16 @@ def answer(
 
     The same seed gives every policy the same random streams, so policies differ by what they learned.
     """
-    local = generate(
-        policy,
-        prompt_batch([prompts[i] for i in share_of(len(prompts), mesh)]),
-        config.rollout,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        seed=config.seed,
-        step=EVALUATION,
-    )
+    with judges.host.staying(policy) if judges.host else nullcontext():  # the reference answers too
+        local = generate(
+            policy,
+            prompt_batch([prompts[i] for i in share_of(len(prompts), mesh)]),
+            config.rollout,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            seed=config.seed,
+            step=EVALUATION,
+        )
     signals = score_rollout(local, policy=policy, critic=critic, judges=judges, config=config, mesh=mesh)
     count = range(len(prompts))
     return Answers(rollout=gather_rows(local, mesh).rows(count), signals=gather_rows(signals, mesh).rows(count))

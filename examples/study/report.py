@@ -1,0 +1,255 @@
+"""The page of the study: JSON with all numbers, Markdown and HTML with what they say, two figures."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+
+import numpy as np
+
+from examples.study.figures import Line, draw
+from examples.study.methods import Method
+from examples.study.statistics import Band, band, band_of, first_reach
+from examples.study.tasks import Task
+
+NUMBERS = {"gold": "eval/grade", "kl": "eval/kl", "score": "eval/score", "win_rate": "eval/grade_win_rate",
+           "length": "eval/response_length"}  # fmt: skip
+BASELINE = "ppo"
+
+
+def write_report(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Method]) -> None:
+    """Read all runs of the test phase, write OUT/results."""
+    results = collect(task, out, seeds, methods)
+    folder = out / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    figures = _figures(results)
+    for name, svg in figures.items():
+        (folder / f"{name}.svg").write_text(svg)
+    text = page(results)
+    (folder / "results.md").write_text(text)
+    (folder / "results.html").write_text(_html(text, figures))
+    print(text)
+    print(f"{folder}: results.md, results.html, results.json, {', '.join(f'{name}.svg' for name in figures)}")
+
+
+def collect(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Method]) -> dict:
+    """All numbers; a method's arrays are [seed][evaluation]."""
+    from examples.study.run import choose, curve
+
+    found: dict[str, dict] = {}
+    for method in methods:
+        point = choose(task, out, method)
+        entry: dict = {"title": method.title, "samples": method.stage != "dpo", "chosen": method.settings()[point]}
+        tried = [out / "tune" / f"{method.name}-{number}" for number in range(len(method.settings()))]
+        entry["tried"] = [
+            {"words": words, "gold": _last(path)} for words, path in zip(method.settings(), tried, strict=True)
+        ]
+        for number, metric in NUMBERS.items():
+            if method.stage == "dpo":
+                entry[number] = [[_beside(out / f"seed-{seed}" / method.name, number)] for seed in seeds]
+            else:
+                rows = [curve(out / f"seed-{seed}" / method.name) for seed in seeds]
+                entry[number] = [[row[metric] for row in run] for run in rows]
+                entry["steps"] = [row["step"] for row in rows[0]]
+        found[method.name] = entry
+    starts = [_held_out(out / f"seed-{seed}") for seed in seeds]
+    return {
+        "task": task.name,
+        "seeds": list(seeds),
+        "samples_per_step": task.samples_per_step,
+        "best": task.best,
+        "start": {name: [start[name] for start in starts] for name in starts[0]},
+        "methods": found,
+        "summary": summarise(found, task.samples_per_step),
+    }
+
+
+def summarise(found: dict[str, dict], samples_per_step: int) -> dict[str, dict]:
+    """What is compared: each method at the end, against the baseline, on the way, and in the second half."""
+    base, summary = found.get(BASELINE), {}
+    for name, entry in found.items():
+        gold, score = np.array(entry["gold"]), np.array(entry["score"])
+        line: dict = {number: asdict(band([run[-1] for run in entry[number]])) for number in NUMBERS}
+        if base is not None:
+            theirs = np.array(base["gold"])
+            line["lead"] = asdict(band(gold[:, -1] - theirs[:, -1]))
+            if entry["samples"]:
+                line["lead_on_the_way"] = asdict(band(gold[:, 1:].mean(1) - theirs[:, 1:].mean(1)))
+                samples = [step * samples_per_step for step in entry["steps"]]
+
+                def reach(
+                    seeds: np.ndarray,
+                    gold: np.ndarray = gold,
+                    theirs: np.ndarray = theirs,
+                    samples: list[float] = samples,
+                ) -> float | None:
+                    return first_reach(samples, gold[seeds].mean(0).tolist(), theirs[seeds, -1].mean())
+
+                reached = band_of(reach, len(gold))
+                line["samples_to_baseline"] = asdict(reached) if reached else None
+        if entry["samples"]:
+            half = gold.shape[1] // 2
+            line["late_gold"] = asdict(band(gold[:, -1] - gold[:, half]))
+            line["late_score"] = asdict(band(score[:, -1] - score[:, half]))
+        summary[name] = line
+    return summary
+
+
+def page(results: dict) -> str:
+    """The Markdown page."""
+    methods, summary = results["methods"], results["summary"]
+    total = max((entry["steps"][-1] for entry in methods.values() if entry["samples"]), default=0)
+    budget, num_seeds = total * results["samples_per_step"], len(results["seeds"])
+    best = "" if results["best"] is None else f"; no policy can have more than {results['best']:g}"
+    start = {name: band(values) for name, values in results["start"].items()}
+    lines = [
+        f"# Study `{results['task']}`: {num_seeds} seeds, {budget:,} samples",
+        "",
+        "Gold on the test prompts after all samples; means over seeds and, in brackets, where 95 % of the means of "
+        f"resampled seeds lie{best}. A lead is paired by seed. `won` is the share of prompts on which gold prefers the "
+        "response to the start's.",
+        "",
+        "| method | gold | lead over PPO | won | KL (nats) | proxy score | samples to PPO's end |",
+        "|---|---|---|---|---|---|---|",
+        f"| start (SFT) | {start['gold']} | | 0.50 | 0 | | |",
+    ]
+    for name, entry in methods.items():
+        line = {k: Band(**v) for k, v in summary[name].items() if v is not None}
+        reached = line.get("samples_to_baseline")
+        samples = _samples(reached, budget) if entry["samples"] else "none used"
+        lead = (
+            ""
+            if name == BASELINE or "lead" not in line
+            else f"{line['lead']}{'' if line['lead'].excludes_zero else ' ?'}"
+        )
+        lines.append(
+            f"| {entry['title']} | {line['gold']} | {lead} | {line['win_rate'].mean:.2f} | {line['kl'].mean:.1f} "
+            f"| {line['score'].mean:.2f} | {samples} |"
+        )
+    lines += ["", "`?`: the band includes 0, so that many seeds do not tell the two apart.", ""]
+    lines += [_verdict(results), ""]
+    lines += ["![Gold against samples](gold-samples.svg)", "", "![Gold against KL](gold-kl.svg)", ""]
+    lines += [
+        "## What the methods were given",
+        "",
+        *_inputs(start),
+        "",
+        "## Reward hacking",
+        "",
+        *_hacking(results),
+        "",
+    ]
+    lines += ["## Grid", "", *_grid(results)]
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(results: dict) -> str:
+    summary = results["summary"]
+    if "rto" not in summary or BASELINE not in summary:
+        return ""
+    lead, reached = Band(**summary["rto"]["lead"]), summary["rto"]["samples_to_baseline"]
+    total = results["methods"]["rto"]["steps"][-1] * results["samples_per_step"]
+    above = "is above" if lead.low > 0 else "is below" if lead.high < 0 else "cannot be told from"
+    text = f"At equal samples RTO {above} PPO by gold: lead {lead}."
+    if reached is None:
+        return text + " RTO's mean never reaches PPO's final gold."
+    share = Band(*(reached[part] / total for part in ("mean", "low", "high")))
+    return text + f" RTO's mean reaches PPO's final gold after {share} of PPO's samples."
+
+
+def _samples(reached: Band | None, budget: int) -> str:
+    if reached is None:
+        return "not reached"
+    high = f"{reached.high:.0f}" if np.isfinite(reached.high) else f"more than {budget}"
+    return f"{reached.mean:.0f} ({reached.low:.0f} to {high})"
+
+
+def _inputs(start: dict[str, Band]) -> list[str]:
+    return [
+        "Share of held-out pairs that the reward model orders as their labels do: "
+        f"{start['reward_accuracy']}; that the "
+        f"DPO policy does, which RTO reads: {start['dpo_accuracy']}. Both learned from the same pairs, whose "
+        "labels are gold with noise.",
+    ]
+
+
+def _hacking(results: dict) -> list[str]:
+    lines = [
+        "Change from the middle of training to its end:",
+        "",
+        "| method | gold | proxy score | |",
+        "|---|---|---|---|",
+    ]
+    for name, line in results["summary"].items():
+        if "late_gold" in line:
+            gold, score = Band(**line["late_gold"]), Band(**line["late_score"])
+            hacked = "proxy up, gold down" if gold.high < 0 and score.low > 0 else ""
+            lines.append(f"| {results['methods'][name]['title']} | {gold} | {score} | {hacked} |")
+    return lines
+
+
+def _grid(results: dict) -> list[str]:
+    lines = [
+        "Gold on the validation prompts at the end, one tuning seed that is no test seed; the highest was taken.",
+        "",
+    ]
+    lines += ["| method | setting | gold |", "|---|---|---|"]
+    for entry in results["methods"].values():
+        for tried in entry["tried"]:
+            mark = "**" if tried["words"] == entry["chosen"] else ""
+            words = " ".join(word.removeprefix("--") for word in tried["words"])
+            lines.append(f"| {entry['title']} | {mark}{words}{mark} | {tried['gold']:.2f} |")
+    return lines
+
+
+def _figures(results: dict) -> dict[str, str]:
+    by_samples, by_kl = [], []
+    for entry in results["methods"].values():
+        if not entry["samples"]:
+            continue
+        bands = [band(column) for column in zip(*entry["gold"], strict=True)]
+        x = [step * results["samples_per_step"] for step in entry["steps"]]
+        mean = [b.mean for b in bands]
+        by_samples.append(Line(entry["title"], x, mean, [b.low for b in bands], [b.high for b in bands]))
+        by_kl.append(Line(entry["title"], [float(np.mean(c)) for c in zip(*entry["kl"], strict=True)], mean))
+    best = {"level": results["best"], "level_title": "best possible"}
+    return {
+        "gold-samples": draw(by_samples, x_label="samples", y_label="gold", **best),
+        "gold-kl": draw(by_kl, x_label="KL to the start (nats a response)", y_label="gold", **best),
+    }
+
+
+def _html(text: str, figures: dict[str, str]) -> str:
+    """The Markdown as it is, and the figures: one file that loads nothing."""
+    plain = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
+    head = '<!doctype html><meta charset="utf-8"><title>Study</title><body style="font-family:sans-serif;margin:2em">'
+    return f"{head}{''.join(figures.values())}<pre style='white-space:pre-wrap'>{escape(plain)}</pre>\n"
+
+
+def _last(path: Path) -> float:
+    from examples.study.run import final_gold
+
+    return final_gold(path)
+
+
+def _beside(run_dir: Path, number: str) -> float:
+    """Of a policy that did not sample, by the evaluation beside it."""
+    name = {"gold": "grade", "win_rate": "grade_win_rate"}.get(number, number)
+    return json.loads((run_dir / "evaluation" / "evaluation.json").read_text())["rows"][1][name]
+
+
+def _held_out(folder: Path) -> dict[str, float]:
+    """What a seed begins with: how well the pairs were learned, and gold of the start."""
+    from examples.study.run import curve
+
+    def last(run: str, metric: str) -> float:
+        lines = (folder / run / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+        return [row[metric] for row in map(json.loads, lines) if metric in row][-1]
+
+    return {
+        "reward_accuracy": last("reward", "reward_model/eval_accuracy"),
+        "dpo_accuracy": last("dpo-0", "dpo/eval_accuracy"),
+        "gold": curve(folder / BASELINE)[0]["eval/grade"],
+    }

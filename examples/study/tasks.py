@@ -1,0 +1,94 @@
+"""What the study is done on: where its data come from, how large its models are, who measures gold."""
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.study import bigrams
+from examples.study.methods import Method, methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A start, data, a gold reward, and the budget that every method gets."""
+
+    name: str
+    grader: str
+    """Gold: measured on held-out prompts; no method sees it but through the labels of the pairs."""
+    methods: list[Method]
+    prepare: Callable[[Path, int], None]
+    """Folder and seed -> writes the inputs that need no model; in `to_answer.jsonl` each prompt comes twice."""
+    gold: Callable[[list[str], list[str]], Sequence[float]]
+    noise: float
+    """Log-odds of a label are the lead in gold over this."""
+    start: tuple[str, ...]
+    """Words of the SFT stage."""
+    pairs: tuple[str, ...]
+    """Words of the stages that learn from pairs."""
+    reward: tuple[str, ...]
+    """Words of the reward stage alone."""
+    samples: tuple[str, ...]
+    """Words of the stages that sample."""
+    answers: tuple[str, ...]
+    """Words of every stage that writes."""
+    samples_per_step: int
+    best: float | None
+    """Gold that no policy can beat on the test prompts, where it is known."""
+
+
+def label_pairs(task: Task, answers: Path, out: Path, seed: int) -> None:
+    """Pairs from the answers of `generate` to prompts that come twice in a row, labelled by gold with noise."""
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    grades = task.gold([row["prompt"] for row in rows], [row["response"] for row in rows])
+    draw, pairs = random.Random(f"labels {seed}"), []
+    for one, two, a, b in zip(rows[::2], rows[1::2], grades[::2], grades[1::2], strict=True):
+        first = draw.random() < 1 / (1 + math.exp((b - a) / task.noise))
+        chosen, rejected = (one, two) if first else (two, one)
+        better, worse = chosen["response"].strip(), rejected["response"].strip()
+        if better and worse and better != worse:
+            pairs.append({"prompt": one["prompt"], "chosen": better, "rejected": worse})
+    bigrams.write_rows(out, pairs)
+
+
+def _prepare_bigrams(folder: Path, seed: int) -> None:
+    bigrams.write_tokenizer(folder / "tokenizer")
+    bigrams.write_texts(folder / "sft.jsonl", f"texts {seed}", 1500)
+    bigrams.write_prompts(folder / "to_answer.jsonl", f"pairs {seed}", 4096, copies=2)
+    bigrams.write_prompts(folder / "train.jsonl", f"train {seed}", 2048)
+    bigrams.write_prompts(folder / "validation.jsonl", "validation", 128)
+    bigrams.write_prompts(folder / "test.jsonl", "test", 128)
+
+
+def bigram_task() -> Task:
+    """Study (a); see `bigrams.py`. An hour or two of one core for five seeds."""
+    size = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
+    window = bigrams.PROMPT + 2 * bigrams.RESPONSE + 4
+    model = [f"--model.{name}={value}" for name, value in size.items()]
+    return Task(
+        name="bigrams",
+        grader="examples.study.bigrams:gold",
+        methods=methods((1e-3, 3e-3), dpo_rates=(5e-4, 2e-3)),
+        prepare=_prepare_bigrams,
+        gold=bigrams.gold,
+        noise=bigrams.NOISE,
+        start=(
+            *model, "--model.num_query_groups=4", f"--model.max_length={window}", "--model.init_std=0.1",
+            "--train.batch_size=50", "--train.num_epochs=2", "--optimizer.lr=5e-3", f"--data.max_length={window}",
+        ),
+        pairs=("--train.batch_size=64", "--train.num_epochs=2", f"--data.max_length={window}"),
+        reward=("--optimizer.lr=2e-3", "--train.num_epochs=4"),
+        samples=(
+            "--prompts_per_step=64", "--samples_per_optimizer_step=32", "--num_steps=32", "--eval_every=4",
+            "--critic_optimizer.lr=3e-3", "--optimizer.min_lr_frac=1", "--critic_optimizer.min_lr_frac=1",
+        ),
+        answers=(f"--rollout.max_prompt_tokens={bigrams.PROMPT + 2}", f"--rollout.max_new_tokens={bigrams.RESPONSE}",
+                 "--rollout.max_slots=64"),
+        samples_per_step=64,
+        best=float(bigrams.RESPONSE),
+    )  # fmt: skip
+
+
+TASKS = {"bigrams": bigram_task}

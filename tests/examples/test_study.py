@@ -1,0 +1,134 @@
+"""The study's task, grids, labels, statistics and page, without a model."""
+
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+
+from examples.study import bigrams
+from examples.study.figures import Line, draw
+from examples.study.report import page, summarise
+from examples.study.statistics import band, band_of, first_reach
+from examples.study.tasks import TASKS, label_pairs
+from rto_megatron.config.load import load_run
+
+
+def test_a_tenth_of_the_bigrams_pays_and_a_tenth_costs():
+    table = list(itertools.chain(*bigrams.rewards()))
+    assert (table.count(1), table.count(-1), len(table)) == (25, 25, 256)
+
+
+def test_gold_is_the_sum_of_the_true_credit_of_each_symbol():
+    [good] = [(a, b) for a, row in enumerate(bigrams.rewards()) for b, r in enumerate(row) if r == 1][:1]
+    one, two = (bigrams.SYMBOLS[place] for place in good)
+    assert bigrams.credit(f"{two} {one}", two) == [1]
+    assert bigrams.gold([one, one], [two, ""]) == [1, 0]
+
+
+def test_no_walk_beats_the_best_and_one_reaches_it():
+    draw_, prompts = random.Random(0), [" ".join(bigrams.walk(random.Random(i), bigrams.PROMPT)) for i in range(20)]
+    walks = [" ".join(bigrams.walk(draw_, bigrams.RESPONSE)) for _ in prompts]
+    assert sum(bigrams.gold(prompts, walks)) / 20 <= bigrams.best(prompts)
+
+    def greedy(at, left):
+        """The most that can still be had, by trying all: on a short walk."""
+        if not left:
+            return 0
+        return max(bigrams.rewards()[at][b] + greedy(b, left - 1) for b in range(bigrams.NUM_SYMBOLS))
+
+    values = [0] * bigrams.NUM_SYMBOLS
+    for _ in range(3):
+        values = [max(r + v for r, v in zip(row, values, strict=True)) for row in bigrams.rewards()]
+    assert values == [greedy(at, 3) for at in range(bigrams.NUM_SYMBOLS)]
+
+
+def test_the_tokenizer_has_a_token_a_symbol_and_some_close_a_sentence(tmp_path):
+    from rto_megatron.data.tokenizer import load_tokenizer
+
+    bigrams.write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    text = " ".join(bigrams.walk(random.Random(3), 9))
+    ids = tokenizer.encode(text)
+    assert len(ids) == 9
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.render([{"role": "user", "content": text}])[-9:] == ids
+    assert sum(tokenizer.decode([i]).endswith(".") for i in range(tokenizer.vocab_size)) == 4
+
+
+def test_labels_follow_gold_with_noise_and_equal_or_empty_answers_make_no_pair(tmp_path):
+    task = TASKS["bigrams"]()
+    [(a, b)] = [(a, b) for a, row in enumerate(bigrams.rewards()) for b, r in enumerate(row) if r == 1][:1]
+    worse = next(c for c, r in enumerate(bigrams.rewards()[a]) if r == 0)
+    prompt, good, bad = (bigrams.SYMBOLS[place] for place in (a, b, worse))
+    rows = [(good, bad)] * 4000 + [(good, good), ("", good)]
+    answers = [{"prompt": prompt, "response": text} for pair in rows for text in pair]
+    bigrams.write_rows(tmp_path / "answers.jsonl", answers)
+    label_pairs(task, tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl", seed=0)
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == 4000
+    right = sum(pair["chosen"] == good for pair in pairs) / 4000
+    assert right == pytest.approx(1 / (1 + np.exp(-1 / task.noise)), abs=0.03)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_method_has_a_grid_of_one_size_whose_settings_its_stage_takes(name):
+    task = TASKS[name]()
+    assert {len(method.settings()) for method in task.methods} == {4}
+    for method, words in ((m, words) for m in task.methods for words in m.settings()):
+        if method.stage == "dpo":
+            needs = ["--run_dir=a", "--start=b", "--data.train=c", *task.pairs]
+        else:
+            roles = [f"--{role}={role}" for role in ("policy", "reference", "dpo", "reward_model")]
+            needs = ["--run_dir=a", *roles, "--data.train=c", *task.samples, *task.answers]
+        config = load_run(method.stage, None, [*needs, *method.words, *words])
+        if method.stage != "dpo":
+            samples = config.prompts_per_step * config.samples_per_prompt
+            assert samples == task.samples_per_step
+
+
+def test_a_band_is_of_means_of_resampled_seeds():
+    found = band([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert found.mean == 3.0
+    assert 1.5 < found.low < 2.0 < 4.0 < found.high < 4.5
+    assert band([2.0, 2.0]) == band([2.0] * 2)
+    assert band([0.1, 0.2, 0.3]).excludes_zero
+    assert not band([-0.1, 0.2, 0.3]).excludes_zero
+
+
+def test_a_level_is_first_reached_on_the_line_between_two_evaluations():
+    assert first_reach([0, 100, 200], [0, 2, 6], 4) == 150
+    assert first_reach([0, 100, 200], [0, 5, 3], 4) == 80
+    assert first_reach([0, 100], [0, 1], 4) is None
+    assert first_reach([0, 100], [5, 1], 4) == 0
+
+
+def test_resamples_that_never_get_there_make_the_band_open():
+    curves = np.array([[0.0, 1.0], [0.0, 9.0], [0.0, 9.0]])
+    found = band_of(lambda seeds: first_reach([0, 100], curves[seeds].mean(0).tolist(), 5.0), 3)
+    assert found.mean == pytest.approx(100 * 5 / (19 / 3))
+    assert found.high == np.inf
+
+
+def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
+    base = {"samples": True, "chosen": ("--a=1",), "tried": [{"words": ("--a=1",), "gold": 1.0}], "steps": [0, 1, 2]}
+    shape = {name: [[0.0, 1.0, 2.0]] * 3 for name in ("kl", "win_rate", "length")}
+    found = {
+        "ppo": base | shape | {"title": "PPO", "gold": [[0, 3, 2], [0, 3.5, 2], [0, 4, 2]], "score": [[0, 1, 2]] * 3},
+        "rto": base | shape | {"title": "RTO", "gold": [[0, 4, 6], [0, 5, 6], [0, 4, 7]], "score": [[0, 1, 2]] * 3},
+    }
+    start = {"reward_accuracy": [0.6] * 3, "dpo_accuracy": [0.7] * 3, "gold": [0.0] * 3}
+    results = {"task": "t", "seeds": [0, 1, 2], "samples_per_step": 10, "best": 9.0, "start": start, "methods": found}
+    text = page(results | {"summary": summarise(found, 10)})
+    assert "At equal samples RTO is above PPO by gold: lead 4.33 (4.00 to 5.00)." in text
+    assert "RTO's mean reaches PPO's final gold after 0.23" in text  # 2 of 4.33 on the way to 10 of 20 samples
+    assert "| PPO | -1.50 (-2.00 to -1.00) | 1.00 (1.00 to 1.00) | proxy up, gold down |" in text
+    assert "| RTO | 2.00 (1.00 to 3.00) | 1.00 (1.00 to 1.00) |  |" in text
+
+
+def test_a_figure_names_each_line_at_its_end():
+    svg = draw([Line("A<B", [0, 1], [0, 1], [0, 0.5], [0, 2]), Line("C", [0, 1], [0, 1])], x_label="x", y_label="y")
+    assert svg.count("<polyline") == 2
+    assert svg.count("<polygon") == 1
+    assert "A&lt;B" in svg

@@ -40,11 +40,15 @@ quickstart: ## install, then SFT -> DPO -> reward model -> RTO on real data, 2 r
 	  PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/quickstart/run.sh && \
 	  echo "quickstart took $$(( $$(date +%s) - start )) seconds, install included"
 
-test: $(VENV)/.dev ## the suite, without the slow tests
-	$(PY) -m pytest -m "not slow and not gpu"
+# Files side by side: most of a test of several ranks is waiting, for processes to start and for one another.
+WORKERS ?= 2
 
-test-all: $(VENV)/.dev ## the suite with the slow tests
-	$(PY) -m pytest -m "not gpu"
+test: $(VENV)/.dev ## the suite, without the slow tests
+	$(PY) -m pytest -m "not slow and not gpu" -n $(WORKERS) --dist loadfile
+
+# The slow tests one at a time: some of them measure time.
+test-all: test ## the suite with the slow tests
+	$(PY) -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/.dev ## style and format
 	$(VENV)/bin/ruff check .

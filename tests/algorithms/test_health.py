@@ -64,6 +64,8 @@ def numbers_of(batch: dict, run: RTORun) -> dict[str, float]:
     signals = Signals(
         **shape,
         policy_log_probs=batch["policy"],
+        forward_log_probs=batch["policy"],
+        checked=torch.ones(len(mask), dtype=torch.bool),
         ref_log_probs=batch["ref"],
         dpo_log_probs=batch["dpo"],
         values=batch["values"],

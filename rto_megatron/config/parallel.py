@@ -17,13 +17,21 @@ class ParallelConfig:
     """Ranks that share the layers."""
     context: int = 1
     """Ranks that share the tokens of each sequence in training and scoring; while generating they do the same work."""
+    virtual_stages: int = 1
+    """Blocks of layers of one pipeline rank (interleaved pipeline): more of them shorten the time in which ranks wait
+    for the first and last microbatches, and send that many times as much between ranks; needs pipeline > 1."""
     sequence: bool = False
     """Cut norms and residuals over the tensor ranks too; needs tensor > 1."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("tensor", "pipeline", "context", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.virtual_stages > 1 and self.pipeline == 1:
+            raise ValueError(
+                f"parallel.virtual_stages {self.virtual_stages} needs parallel.pipeline > 1, got pipeline 1; "
+                "set parallel.virtual_stages to 1"
+            )
         if self.sequence and self.tensor == 1:
             raise ValueError(
                 "parallel.sequence needs parallel.tensor > 1, got tensor 1; set parallel.sequence to false"
@@ -66,6 +74,11 @@ class ParallelConfig:
             )
         if model.num_layers % self.pipeline:
             raise ConfigError(f"{name}.pipeline must divide model.num_layers {model.num_layers}, got {self.pipeline}")
+        if model.num_layers % (self.pipeline * self.virtual_stages):
+            raise ConfigError(
+                f"{name}.pipeline x {name}.virtual_stages must divide model.num_layers {model.num_layers}, "
+                f"got {self.pipeline} x {self.virtual_stages}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

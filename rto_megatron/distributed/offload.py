@@ -62,19 +62,21 @@ class HostWeights:
 
         The first one's way begins here.
         """
-        needs = [[self._host[id(p)] for p in part.model.parameters() if id(p) in self._host] for part in parts]
+        needs = [[self._host[id(p)] for p in _weights_of(part) if id(p) in self._host] for part in parts]
         visitors = [number for number, wanted in enumerate(needs) if wanted]
+        here = set(visitors[:1])
         if visitors:
             self._bring(needs[visitors[0]])
 
         def arrive(number: int) -> None:
             self._copies.wait()
             if later := [other for other in visitors if other > number]:
+                here.add(later[0])
                 self._bring(needs[later[0]])
 
         def leave(number: int) -> None:
-            later = [other for other in visitors if other > number]
-            kept = {id(parameter) for parameter, _ in needs[later[0]]} if later else set()
+            here.discard(number)
+            kept = {id(parameter) for other in here for parameter, _ in needs[other]}
             for parameter, _ in needs[number]:
                 if id(parameter) not in kept:
                     _empty(parameter)
@@ -104,11 +106,16 @@ def _between(
             arrive(number)
         outcome = part.forward_step(*arguments)
         done += 1
-        if done == len(part.micros):
+        if done == len(part.micros) * len(part.chunks):
             leave(number)
         return outcome
 
     return forward_step
+
+
+def _weights_of(part: Part) -> list[torch.nn.Parameter]:
+    """Those of all its chunks."""
+    return [parameter for chunk in part.chunks for parameter in chunk.parameters()]
 
 
 def _empty(parameter: torch.nn.Parameter) -> None:

@@ -21,6 +21,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch.distributed import all_gather_object
 
 from rto_megatron.config.optimizer import OptimizerConfig
+from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.errors import UserError
 
@@ -35,13 +36,14 @@ class Trainable(Generic[Model]):
     """Role, for messages."""
     model: Model
     """The model itself, for scoring, generation and checkpoints."""
-    ddp: DistributedDataParallel
-    """The same model, its gradients summed over data-parallel ranks."""
+    ddps: list[DistributedDataParallel]
+    """The same model, a part for each of its chunks, its gradients summed over data-parallel ranks."""
     optimizer: MegatronOptimizer
 
     def zero_grad(self) -> None:
         """Forget gradients: both calls, or those of the plain float32 optimizer double."""
-        self.ddp.zero_grad_buffer()
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
 
     def sum_gradients(self, mesh: Mesh) -> None:
@@ -49,7 +51,7 @@ class Trainable(Generic[Model]):
 
         Megatron's reductions without its division: our losses are divided by their count beforehand.
         """
-        finalize_model_grads([self.ddp], None, pg_collection=mesh.groups)
+        finalize_model_grads([*self.ddps], None, pg_collection=mesh.groups)
 
     def step(self, lr: float) -> float:
         """Clip, update with this learning rate, and return the gradient norm over all ranks.
@@ -78,13 +80,11 @@ class Trainable(Generic[Model]):
 def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh) -> Trainable[Model]:
     """Wrap a model for training; its weights must be loaded before, for the optimizer copies them."""
     megatron = model.config
-    ddp = DistributedDataParallel(
-        megatron,
-        DistributedDataParallelConfig(use_distributed_optimizer=config.distributed, grad_reduce_in_fp32=True),
-        model,
-        pg_collection=mesh.groups,
-    )
-    settings = MegatronOptimizerConfig(
+    settings = DistributedDataParallelConfig(use_distributed_optimizer=config.distributed, grad_reduce_in_fp32=True)
+    ddps = [
+        DistributedDataParallel(megatron, settings, chunk, pg_collection=mesh.groups) for chunk in model_chunks(model)
+    ]
+    adam = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
         weight_decay=config.weight_decay,
@@ -98,10 +98,10 @@ def make_trainable(name: str, model: Model, config: OptimizerConfig, mesh: Mesh)
     )
     # 0.16 asks the whole world which parameter groups there are; the rest of it may be building another role, or none
     with _replaced(dist, "all_gather_object", partial(_gather_in_mesh, mesh)):
-        optimizer = get_megatron_optimizer(settings, [ddp], use_gloo_process_groups=False, pg_collection=mesh.groups)
+        optimizer = get_megatron_optimizer(adam, [*ddps], use_gloo_process_groups=False, pg_collection=mesh.groups)
     # no finalize_model_grads_func: a schedule leaves the gradients on this replica, `sum_gradients` adds them up
-    megatron.no_sync_func = ddp.no_sync
-    return Trainable(name, model, ddp, optimizer)
+    megatron.no_sync_func = ddps[0].no_sync  # asked for where there is one stage, and so one chunk
+    return Trainable(name, model, ddps, optimizer)
 
 
 def sharded_weights(model: MegatronModule) -> dict[str, Any]:

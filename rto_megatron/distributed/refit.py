@@ -15,6 +15,7 @@ from megatron.core.resharding.utils import TransferOp
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from rto_megatron.distributed.chunks import named_weights
 from rto_megatron.distributed.collectives import gather_objects
 from rto_megatron.distributed.shards import Shard, shards
 
@@ -193,7 +194,7 @@ def _moves(operations: list[TransferOp], model: MegatronModule | None) -> list[_
     if model is None:
         assert not operations
         return []
-    weights = {_name(name, model): parameter for name, parameter in model.named_parameters()}
+    weights = dict(named_weights(model))
     return [_Move(weights[op.param_name], op.my_slice, op.peer_rank, op.task_id or 0) for op in operations]
 
 
@@ -267,25 +268,18 @@ class _Part:
         """
         if self.model is None:
             return
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in named_weights(self.model):
             weight: Any = parameter.detach()  # what is said of it is for the planner alone
             axis = next((axis for end, axis in CUTS.items() if name.endswith(end)), None)
             weight.tensor_model_parallel = axis is not None
             if axis is not None:
                 weight.partition_dim = axis
                 weight.partition_stride = 2 if "linear_fc1" in name and self.model.config.gated_linear_unit else 1
-            yield _name(name, self.model), weight
+            yield name, weight
 
     def named_modules(self) -> Iterator[tuple[str, torch.nn.Module]]:
-        """For the numbers of layers."""
-        if self.model is not None:
-            yield from self.model.named_modules()
-
-
-def _name(name: str, model: MegatronModule) -> str:
-    """A weight's name for the planner: with tied embeddings the last of several stages keeps a copy of the first's."""
-    is_copy = name == "output_layer.weight" and getattr(model, "share_embeddings_and_output_weights", False)
-    return "embedding.word_embeddings.weight" if is_copy else name
+        """For the numbers of layers, which the names here have already."""
+        return iter(())
 
 
 def _shards(model: MegatronModule | None) -> Iterator[Shard]:

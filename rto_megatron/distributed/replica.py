@@ -34,8 +34,11 @@ def agree_over_context(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def send_to_next_stage(hidden: Tensor, group: ProcessGroup) -> None:
-    """Hand hidden states to the next pipeline stage, which must be about to receive them."""
-    dist.send(hidden.contiguous(), group=group, group_dst=group.rank() + 1)
+    """Hand hidden states to the next pipeline stage, which must be about to receive them; the last one's is the first.
+
+    (That one has the next chunk of the layers.)
+    """
+    dist.send(hidden.contiguous(), group=group, group_dst=(group.rank() + 1) % group.size())
 
 
 def receive_from_previous_stage(
@@ -43,7 +46,7 @@ def receive_from_previous_stage(
 ) -> Tensor:
     """The hidden states that the previous pipeline stage sends."""
     hidden = torch.empty(shape, dtype=dtype, device=device)
-    dist.recv(hidden, group=group, group_src=group.rank() - 1)
+    dist.recv(hidden, group=group, group_src=(group.rank() - 1) % group.size())
     return hidden
 
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from rto_megatron.config.parallel import Cut
+from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.context import column_multiple
 from rto_megatron.distributed.mesh import Mesh
@@ -80,7 +81,7 @@ def score_all(
         For each of `asks` [B, T, *forward.depth] float32, rows as in `batch`, 0 beyond each row's microbatch width.
     """
     cuts, micros = _cut_up(batch, cut, [model for model, _ in asks])
-    parts = [Part(model, micros, _forward_step(forward, None)) for model, forward in asks]
+    parts = [Part(model_chunks(model), micros, _forward_step(forward, None)) for model, forward in asks]
     order = [(number, micro) for micro in range(len(micros)) for number in range(len(parts))]
     if host is not None:
         parts, order = host.visits(parts), sorted(order)
@@ -163,9 +164,9 @@ def accumulate(tasks: Sequence[Task], mesh: Mesh, *, cut: Cut) -> list[Tensor]:
     parts = []
     for task in tasks:
         task.trainable.zero_grad()
-        task.trainable.ddp.train()
+        task.trainable.model.train()
         _, micros = _cut_up(task.batch, cut, [task.trainable.model], unit=task.unit)
-        parts.append(Part(task.trainable.ddp, micros, _forward_step(task.forward, task.loss)))
+        parts.append(Part(task.trainable.ddps, micros, _forward_step(task.forward, task.loss)))
     if mesh.pipeline.size == 1:
         reported = [_without_pipeline(part, mesh) for part in parts]
     else:
@@ -224,7 +225,7 @@ def _without_pipeline(part: Part, mesh: Mesh) -> list[Tensor]:
     return forward_backward_no_pipelining(
         forward_step_func=part.forward_step,
         data_iterator=iter(part.micros),
-        model=[part.model],
+        model=list(part.chunks),
         num_microbatches=len(part.micros),
         seq_length=part.micros[0].tokens.shape[1],
         micro_batch_size=len(part.micros[0].tokens),

@@ -54,12 +54,12 @@ def _look_at_microbatches(found: Section, config: Any, num_data: int) -> None:
     longest = longest_of(config)
     stages, count = config.parallel.pipeline, -(-mine // max(1, cut.most_tokens(longest) // longest))
     if stages > 1 and count < 4 * stages:
-        idle = (stages - 1) / (count + stages - 1)
+        idle = (stages - 1) / (config.parallel.virtual_stages * count + stages - 1)
         found.note(
             f"{count} microbatches (fewer if rows are short) fill a pipeline of {stages} stages: each waits {idle:.0%} "
             "of a step",
             why="a stage has nothing to do until the first microbatch comes and after the last one went",
-            way_out="make compute.micro_batch_tokens smaller or the batch larger",
+            way_out="make compute.micro_batch_tokens smaller, the batch larger, or parallel.virtual_stages more",
         )
     if isinstance(config, RTORun):
         samples = config.prompts_per_step * config.samples_per_prompt // num_data

@@ -101,7 +101,10 @@ def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         "selective": residuals + attention,
         "full": model.hidden_size // wide,
     }[compute.recompute]
-    layers = model.num_layers // parallel.pipeline
+    stages, chunks = parallel.pipeline, parallel.virtual_stages
+    # the first stage's microbatches between forward and backward; with chunks, each of these apart (`training_plan`)
+    waiting = stages if chunks == 1 else 2 * stages - 1 + (chunks - 1) * stages
+    layers = model.num_layers // (stages * chunks)
     logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
     own = -(-tokens // parallel.context)
-    return layers * own * kept * ITEM_BYTES[compute.dtype] * parallel.pipeline + logits
+    return layers * own * kept * ITEM_BYTES[compute.dtype] * waiting + logits

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
+from rto_megatron.distributed.chunks import ChunkedModel
 from rto_megatron.distributed.context import own_columns, whole_rows
 from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
@@ -109,7 +110,7 @@ def build_model(
 ) -> Any:
     """This rank's part of a model with fresh weights, the same in every layout for the same seed.
 
-    With `seed` None nothing is known of the weights: they are to be loaded.
+    With `seed` None nothing is known of the weights: they are to be loaded. A ChunkedModel with virtual stages.
 
     Args:
         lora: adapters, which alone are trained.
@@ -121,28 +122,35 @@ def build_model(
     """
     parallel.check_model(config)
     megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute)
-    model = {"policy": PolicyModel, "value": ScalarModel}[kind](
-        megatron_config,
-        _layer_spec(config, mesh, lora, local=local),
-        vocab_size=config.padded_vocab_size,
-        max_sequence_length=config.max_length,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
-        share_embeddings_and_output_weights=config.tie_embeddings and kind == "policy",
-        position_embedding_type="rope",
-        rotary_base=config.rope_theta,
-        pg_collection=mesh.groups,
-    )
-    model.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
-    if mesh.is_first_stage:
-        model.embedding.register_forward_hook(_plain_strides)
-    model.true_vocab, model.max_length = config.vocab_size, config.max_length
-    if isinstance(model, PolicyModel):
-        model.temperature, model.log_prob_chunk, model.banned_ids = temperature, compute.log_prob_chunk, banned_ids
+    num_chunks, chunks = parallel.virtual_stages, []
+    num_layers = config.num_layers // (mesh.pipeline.size * num_chunks)
+    for number in range(num_chunks):
+        chunk = {"policy": PolicyModel, "value": ScalarModel}[kind](
+            megatron_config,
+            _layer_spec(config, mesh, lora, local=local, num_layers=num_layers),
+            vocab_size=config.padded_vocab_size,
+            max_sequence_length=config.max_length,
+            pre_process=mesh.is_first_stage and number == 0,
+            post_process=mesh.is_last_stage and number == num_chunks - 1,
+            share_embeddings_and_output_weights=config.tie_embeddings and kind == "policy",
+            position_embedding_type="rope",
+            rotary_base=config.rope_theta,
+            pg_collection=mesh.groups,
+            vp_stage=number if num_chunks > 1 else None,
+        )
+        chunk.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
+        if chunk.pre_process:
+            chunk.embedding.register_forward_hook(_plain_strides)
+        chunk.true_vocab, chunk.max_length = config.vocab_size, config.max_length
+        if isinstance(chunk, PolicyModel):
+            chunk.temperature, chunk.log_prob_chunk, chunk.banned_ids = temperature, compute.log_prob_chunk, banned_ids
+        chunks.append(chunk)
+    model = chunks[0] if num_chunks == 1 else ChunkedModel(chunks)
     if seed is not None:
         initialize(model, config, seed=seed)
     if lora is not None:
-        freeze_base(model, recomputes=compute.recompute != "none")
+        for chunk in chunks:
+            freeze_base(chunk, recomputes=compute.recompute != "none")
     return model.to(mesh.device)
 
 
@@ -190,6 +198,7 @@ def transformer_config(
         pipeline_model_parallel_size=mesh.pipeline.size,
         context_parallel_size=mesh.context.size,
         cp_comm_type="p2p",  # of Transformer Engine: a ring, on which keys and values never lie whole
+        virtual_pipeline_model_parallel_size=parallel.virtual_stages if parallel.virtual_stages > 1 else None,
         sequence_parallel=parallel.sequence,
         # our losses are divided by their count beforehand: gradients are summed, never averaged
         calculate_per_token_loss=True,
@@ -218,7 +227,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def _layer_spec(
-    config: ModelConfig, mesh: Mesh, lora: LoRAConfig | None, *, local: bool
+    config: ModelConfig, mesh: Mesh, lora: LoRAConfig | None, *, local: bool, num_layers: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
     if mesh.runtime.has_transformer_engine and lora is None and not local:
@@ -236,7 +245,7 @@ def _layer_spec(
     if lora is not None:
         adapt_spec(layer, lora)
     norm: Any = RMSNorm
-    return TransformerBlockSubmodules([spec] * (config.num_layers // mesh.pipeline.size), norm)
+    return TransformerBlockSubmodules([spec] * num_layers, norm)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

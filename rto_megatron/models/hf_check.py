@@ -20,6 +20,7 @@ from rto_megatron.config.parallel import Cut
 from rto_megatron.data.collate import collate_sft
 from rto_megatron.data.readers import SFTRow
 from rto_megatron.data.tokenizer import Tokenizer
+from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.collectives import broadcast_object, gather_objects
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.microbatches import Microbatch
@@ -265,9 +266,11 @@ def _quiet() -> Iterator[None]:
 def _differing_layer(model: Any, folder: Path, batch: SFTBatch, ask: Forward, share: float, mesh: Mesh) -> str:
     """The first module, by Hugging Face name, whose output differs on the longest text; all ranks must call."""
     row, dtype = batch.rows([int(batch.num_tokens.argmax())]), model.config.params_dtype
-    modules = {"model.embed_tokens": model.embedding} if model.pre_process else {}
-    modules |= {f"model.layers.{layer.layer_number - 1}": layer for layer in model.decoder.layers}
-    modules |= {"model.norm": model.decoder.final_layernorm} if model.post_process else {}
+    modules: dict[str, Any] = {}
+    for chunk in model_chunks(model):
+        modules |= {"model.embed_tokens": chunk.embedding} if chunk.pre_process else {}
+        modules |= {f"model.layers.{layer.layer_number - 1}": layer for layer in chunk.decoder.layers}
+        modules |= {"model.norm": chunk.decoder.final_layernorm} if chunk.post_process else {}
     with _outputs_of(modules) as mine:
         score(model, row.to(mesh.device), ask, mesh, cut=Cut(rows=1))
     if model.config.sequence_parallel:  # each tensor rank has its share of the tokens

@@ -179,6 +179,7 @@ def _over_ranks(found: dict[str, Difference]) -> dict[str, Difference]:
 def _about(setup: Setup, config: RTORun, one: Leg) -> dict[str, object]:
     mesh = setup.mesh
     layout = f"{config.parallel.sizes} x data {mesh.data.size}"
+    layout += f", {config.parallel.virtual_stages} virtual stages" if config.parallel.virtual_stages > 1 else ""
     layout += ", sequence parallel" if config.parallel.sequence else ""
     layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
     return {

@@ -174,7 +174,7 @@ def _of_training(setting: Setting, rank: Rank) -> float:
 
 def _of_scoring(setting: Setting) -> float:
     compute = replace(setting.compute, recompute="none")
-    alone = replace(setting.train, pipeline=1)
+    alone = replace(setting.train, pipeline=1, virtual_stages=1)
     return max(
         activation_bytes(replace(model.architecture, num_layers=1), alone, compute, tokens=setting.pack_tokens)
         for model in setting.models

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.replica import agree_over_context, share_from_last_stage
 from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import PolicyModel
@@ -81,17 +82,18 @@ class RolloutEngine:
             max_length: tokens of prompt and response together.
             eos_ids: end a response, and belong to it.
         """
-        self._model, self._max_slots, self._max_length = model, max_slots, max_length
+        last = model_chunks(model)[-1]
+        self._model, self._max_slots, self._max_length = last, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
         groups = model.pg_collection
         self._tensor, self._pipeline, self._context = groups.tp, groups.pp, groups.cp
         self._device = next(model.parameters()).device
         self._forward = ForwardPass(model)
-        if model.post_process:
-            num_ids = model.output_weight().shape[0]
+        if last.post_process:
+            num_ids = last.output_weight().shape[0]
             self._first_id = self._tensor.rank() * num_ids
             mine = range(self._first_id, self._first_id + num_ids)
-            banned = [i - self._first_id for i in mine if i >= model.true_vocab or i in model.banned_ids]
+            banned = [i - self._first_id for i in mine if i >= last.true_vocab or i in last.banned_ids]
             self._banned = torch.tensor(banned, dtype=torch.long, device=self._device)
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:

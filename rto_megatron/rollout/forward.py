@@ -7,12 +7,14 @@ The tests hold it to Megatron's own forward.
 """
 
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.replica import (
     gather_over_tensor,
     receive_from_previous_stage,
@@ -78,10 +80,11 @@ class ForwardPass:
 
     def __init__(self, model: PolicyModel) -> None:
         config: Any = model.config  # Megatron fills what its annotations call optional
-        attention: Any = model.decoder.layers[0].self_attention
-        self._model: Any = model
+        self._chunks = model_chunks(model)
+        attention: Any = self._chunks[0].decoder.layers[0].self_attention
         self._tensor, self._pipeline = model.pg_collection.tp, model.pg_collection.pp
-        self._layers = [_Layer.of(layer) for layer in model.decoder.layers]
+        place = count()  # in the cache
+        self._layers = [[(next(place), _Layer.of(layer)) for layer in chunk.decoder.layers] for chunk in self._chunks]
         self._hidden_size, self._dtype = config.hidden_size, config.params_dtype
         self._epsilon = config.layernorm_epsilon
         self._num_groups = config.num_query_groups
@@ -91,18 +94,19 @@ class ForwardPass:
 
     def allocate(self, *, num_slots: int, max_length: int) -> KVCache:
         """A cache that fits this rank's layers and heads."""
+        _, first = self._layers[0][0]
         return KVCache(
-            num_layers=len(self._layers),
+            num_layers=sum(map(len, self._layers)),
             num_slots=num_slots,
             max_length=max_length,
             num_kv_heads=self._num_local_groups,
             head_dim=self._head_dim,
-            angles=self._model.rotary_pos_emb.get_freqs_non_repeated(max_length).to(self._layers[0].qkv.device),
+            angles=self._chunks[0].rotary_pos_emb.get_freqs_non_repeated(max_length).to(first.qkv.device),
             dtype=self._dtype,
         )
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
-        """Pass the rows that `cache` was told of through this stage's layers.
+        """Pass the rows that `cache` was told of through this stage's layers, chunk after chunk.
 
         Args:
             tokens: [rows] int64 ids.
@@ -110,21 +114,23 @@ class ForwardPass:
         Returns:
             [rows, H] normed hidden states on the last stage; None on the others, which hand theirs on.
         """
-        if self._model.pre_process:
-            hidden = self._embed(tokens)
-        else:
-            shape = len(tokens), self._hidden_size
-            hidden = receive_from_previous_stage(shape, self._pipeline, dtype=self._dtype, device=tokens.device)
-        for index, layer in enumerate(self._layers):
-            hidden = hidden + self._attention(layer, index, self._norm(hidden, layer.attention_norm), cache)
-            hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
-        if not self._model.post_process:
-            send_to_next_stage(hidden, self._pipeline)
-            return None
-        return self._norm(hidden, self._model.decoder.final_layernorm.weight)
+        hidden: Any = None  # each chunk begins with one
+        for chunk, layers in zip(self._chunks, self._layers, strict=True):
+            if chunk.pre_process:
+                hidden = self._embed(tokens)
+            else:
+                shape = len(tokens), self._hidden_size
+                hidden = receive_from_previous_stage(shape, self._pipeline, dtype=self._dtype, device=tokens.device)
+            for index, layer in layers:
+                hidden = hidden + self._attention(layer, index, self._norm(hidden, layer.attention_norm), cache)
+                hidden = hidden + self._mlp(layer, self._norm(hidden, layer.mlp_norm))
+            if not chunk.post_process:
+                send_to_next_stage(hidden, self._pipeline)
+        last = self._chunks[-1]
+        return self._norm(hidden, last.decoder.final_layernorm.weight) if last.post_process else None
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        weight = self._model.embedding.word_embeddings.weight
+        weight = self._chunks[0].embedding.word_embeddings.weight
         if self._tensor.size() == 1:
             return F.embedding(tokens, weight)
         index = tokens - self._tensor.rank() * len(weight)

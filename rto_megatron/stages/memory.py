@@ -197,8 +197,8 @@ class MemoryReport:
 
 
 def _buffers(trainable: Trainable) -> list[Any]:
-    ddp: Any = trainable.ddp  # a list there, where torch's modules have a method
-    return [*ddp.buffers, *ddp.expert_parallel_buffers]
+    ddps: list[Any] = trainable.ddps  # their `buffers` is a list, where torch's modules have a method
+    return [buffer for ddp in ddps for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)]
 
 
 def _optimizer_tensors(trainable: Trainable) -> list[Tensor]:

@@ -115,7 +115,7 @@ class Proof:
         rows = [("resumed", f"killed after step {killed_after}", 0.0), ("cold", "fresh optimizers", None)]
         if self.ranks > 1 and self.config.compute.dtype == "float32":  # bfloat16 sums differ by more
             self._from_half("one-rank")
-            alone = [f"--parallel.{axis}=1" for axis in ("tensor", "pipeline", "context")]
+            alone = [f"--parallel.{axis}=1" for axis in ("tensor", "pipeline", "context", "virtual_stages")]
             alone.append("--parallel.sequence=false")
             self._go("one-rank", *alone, ranks=1)
             rows.append(("one-rank", f"from {self.ranks} ranks to 1", OTHER_LAYOUT))

@@ -19,11 +19,11 @@ from rto_megatron.distributed.step import token_log_probs, train_step
 from rto_megatron.models.gpt import build_model
 from tests.ranks import run_ranks
 
-SHAPE = ModelConfig(num_layers=2, hidden_size=16, ffn_hidden_size=24, vocab_size=60, init_std=0.2)
+SHAPE = ModelConfig(num_layers=4, hidden_size=16, ffn_hidden_size=24, vocab_size=60, init_std=0.2)
 KINDS = {"policy": "policy", "critic": "value"}
 
 APART = {"policy": ({"tensor": 2}, (0, 2)), "critic": ({}, (2, 3))}
-SWAPPED = {"policy": ({"pipeline": 2}, (1, 3)), "critic": ({}, (0, 1))}
+SWAPPED = {"policy": ({"pipeline": 2, "virtual_stages": 2}, (1, 3)), "critic": ({}, (0, 1))}
 ON_ONE = {"policy": ({}, (0, 1)), "critic": ({}, (0, 1))}
 ON_THE_LAST = {"policy": ({}, (2, 3)), "critic": ({}, (2, 3))}
 

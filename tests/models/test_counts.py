@@ -132,7 +132,11 @@ def bytes_after_a_step(dtype, distributed):
     optimizer = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])[0].optimizer
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
     masters = [p for group in optimizer.param_groups for p in group["params"] if dtype == "bfloat16"]
-    found = size(model.parameters()), size(b.grad_data for b in trainable.ddp.buffers), size([*states, *masters])
+    found = (
+        size(model.parameters()),
+        size(b.grad_data for ddp in trainable.ddps for b in ddp.buffers),
+        size([*states, *masters]),
+    )
     role = Model(name="policy", architecture=TINY, kind="policy", optimizer=config)
     told = model_bytes(role, ParallelConfig(), compute, stage=0, num_data=mesh.data.size)
     return found, (told.weights, told.gradients, told.optimizer)

@@ -151,9 +151,9 @@ def load_and_save(paths, parallel):
         (2, ParallelConfig(tensor=2)),
         (2, ParallelConfig(tensor=2, sequence=True)),
         (2, ParallelConfig(pipeline=2)),
-        (4, ParallelConfig(tensor=2, pipeline=2)),
+        (4, ParallelConfig(tensor=2, pipeline=2, virtual_stages=2)),
     ],
-    ids=["one_rank", "tensor_2", "sequence", "pipeline_2", "tensor_2_pipeline_2"],
+    ids=["one_rank", "tensor_2", "sequence", "pipeline_2", "tensor_2_pipeline_2_virtual_2"],
 )
 def test_weights_go_in_and_out_in_every_layout(folders, world, parallel):
     paths = {name: path for name, (path, _) in folders.items()}

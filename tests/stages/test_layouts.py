@@ -21,6 +21,10 @@ LAYOUTS = {
     "context 2 x pipeline 2": (4, ["--parallel.context=2", "--parallel.pipeline=2"]),
     "data 2": (2, []),
     "tensor 2 x pipeline 2": (4, ["--parallel.tensor=2", "--parallel.pipeline=2"]),
+    "tensor 2 x pipeline 2 x virtual 2": (
+        4,
+        ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.virtual_stages=2"],
+    ),
     "tensor 2 x pipeline 2, sequence parallel": (
         4,
         ["--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.sequence=true"],

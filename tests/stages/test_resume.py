@@ -157,7 +157,7 @@ def test_a_run_that_context_ranks_began_goes_on_on_tensor_ranks(stage, world, la
     "layout",
     [
         ["--parallel.tensor=2", "--parallel.sequence=true"],
-        ["--parallel.pipeline=2"],
+        ["--parallel.pipeline=2", "--parallel.virtual_stages=2"],
         ["--parallel.context=2"],
         ["--optimizer.distributed=false", "--critic_optimizer.distributed=false"],
         ["--compute.dtype=bfloat16"],

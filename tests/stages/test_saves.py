@@ -88,7 +88,11 @@ def test_seconds_and_bytes_are_metrics(chain, half):
 
 @pytest.mark.parametrize("kind", ["true", "false"])
 @pytest.mark.parametrize(
-    ("first", "then"), [(["--parallel.tensor=2"], ["--parallel.pipeline=2"]), (["--parallel.pipeline=2"], [])]
+    ("first", "then"),
+    [
+        (["--parallel.tensor=2"], ["--parallel.pipeline=2"]),
+        (["--parallel.pipeline=2", "--parallel.virtual_stages=2"], []),
+    ],
 )
 def test_a_run_goes_on_in_another_layout(first, then, kind, chain, tmp_path):
     kinds = [f"--optimizer.distributed={kind}", f"--critic_optimizer.distributed={kind}"]

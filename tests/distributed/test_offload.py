@@ -9,7 +9,7 @@ from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300,
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300,
     init_std=0.2,
 )  # fmt: skip
 
@@ -81,3 +81,8 @@ def test_weights_visit_in_the_order_of_the_roles_and_leave_the_bits_alone():
         ]
         assert seen[:10] == once + once
         assert peak <= sizes["dpo"] + sizes["reward"]
+
+
+def test_roles_that_take_turns_chunk_by_chunk_are_all_there():
+    for equal, gone, stays, *_ in run_ranks(score_from_the_host, 2, {"pipeline": 2, "virtual_stages": 2}):
+        assert all(equal) and all(gone) and all(stays)

@@ -11,7 +11,7 @@ from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(
-    num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300,
+    num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, vocab_size=300,
     init_std=0.2,
 )  # fmt: skip
 LORA = LoRAConfig(rank=3, alpha=6)
@@ -19,7 +19,7 @@ LAYOUTS = {
     "one": (1, {}),
     "tensor 2": (2, {"tensor": 2}),
     "tensor 2, sequence": (2, {"tensor": 2, "sequence": True}),
-    "pipeline 2": (2, {"pipeline": 2}),
+    "pipeline 2 x virtual 2": (2, {"pipeline": 2, "virtual_stages": 2}),
     "data 2": (2, {}),
 }
 
@@ -158,7 +158,7 @@ def test_a_step_moves_adapters_and_head_as_in_one_process_and_nothing_else(found
     close(mine, whole(alone[:1]))
     assert norm[0] == pytest.approx(alone[2], rel=1e-5)
     layers, heads = [n for n in mine if "lora_" in n], [n for n in mine if n.startswith("value_head")]
-    assert len(layers) == 2 * 4 * 2 and len(heads) == (2 if kind == "value" else 0)
+    assert len(layers) == 4 * 4 * 2 and len(heads) == (2 if kind == "value" else 0)
     close(whole(base), whole(alone[1:2]), tolerance=0)
 
 

@@ -88,7 +88,7 @@ def _run(stage: str, words: list[str]) -> int:
     prepare_imports()
     # after prepare_imports, because importing a stage imports Megatron
     module = importlib.import_module(f"rto_megatron.stages.{'rto' if stage == 'ppo' else stage}")
-    runtime = start_runtime(threads=config.compute.threads)
+    runtime = start_runtime(threads=config.compute.threads, deterministic=config.compute.deterministic)
     module.run(config, runtime)
     stop_runtime()
     return 0

@@ -126,8 +126,22 @@ class ComputeConfig:
     fetched while the one before scores. On a GPU the host memory is pinned."""
     threads: int = 1
     """CPU threads of one rank; more than cores / ranks makes it slower."""
+    fp8: Literal["none", "hybrid", "e4m3"] = "none"
+    """Multiply the layers' matrices in 8 bits, in training and scoring; weights, their gradients, output layer, heads
+    and decoding stay as they are. `hybrid` takes E4M3 forward and E5M2 for gradients, `e4m3` that one for both. Needs
+    bfloat16, Transformer Engine and a GPU of compute capability 8.9 or more."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """What shares a scale: a tensor as it is now, a block of 128 numbers (9.0 or more), or of 32 (10.0 or more)."""
+    deterministic: bool = False
+    """Let GPU kernels and sums over ranks take one order, so that a run gives the same bits twice; slower. On a CPU it
+    changes nothing: there it is so anyway."""
 
     def __post_init__(self) -> None:
+        if self.fp8 != "none" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"compute.fp8 {self.fp8} needs compute.dtype bfloat16, got {self.dtype}; set compute.dtype to "
+                "bfloat16, or compute.fp8 to none"
+            )
         for name in ("log_prob_chunk", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"compute.{name} must be 1 or more, got {getattr(self, name)}")

@@ -26,7 +26,7 @@ class FusedAdam(torch.optim.Optimizer):
         # 0.19 passes capturable=False: the variant for GPU graphs, which has no meaning here.
         refused = {name: value for name, value in unsupported.items() if not (name == "capturable" and not value)}
         if refused:
-            raise ValueError(f"Adam without a GPU does not take {refused}; leave them at their defaults")
+            raise ValueError(f"this Adam does not take {refused}; leave them at their defaults")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.decoupled = adam_w_mode
 
@@ -55,7 +55,7 @@ class FusedAdam(torch.optim.Optimizer):
             [self.state[param]["exp_avg_sq"] for param in params],
             [],
             # torch counts up before it uses the step.
-            [torch.tensor(group["step"] - 1.0) for _ in params],
+            list(torch.full((len(params),), group["step"] - 1.0, device=params[0].device).unbind()),
             fused=True,
             amsgrad=False,
             maximize=False,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.replica import share_from_last_stage
+from rto_megatron.distributed.runtime import HOST_BACKEND
 
 
 def sum_in_rank_order(x: Tensor, mesh: Mesh) -> Tensor:
@@ -86,9 +87,9 @@ def meetings(sets: Iterable[tuple[int, ...]]) -> Callable[[tuple[int, ...], floa
     """A way for each of some sets of ranks to meet by itself; every rank of the world calls, with the same sets.
 
     Returns:
-        (ranks, a number) -> the largest number that one of them brought, once all of them have called; on CPU only.
+        (ranks, a number) -> the largest number that one of them brought, once all of them have called.
     """
-    groups = {ranks: dist.new_group(list(ranks)) for ranks in sorted(sets)}
+    groups = {ranks: dist.new_group(list(ranks), backend=HOST_BACKEND) for ranks in sorted(sets)}
 
     def largest(ranks: tuple[int, ...], number: float) -> float:
         known = torch.tensor(number, dtype=torch.float64)

@@ -16,14 +16,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+FP8_TOKENS = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""Recipe -> what Transformer Engine wants the number of tokens in a product to be a multiple of."""
+
 
 def column_multiple(config: TransformerConfig) -> int:
     """What the width of a model's rows must be a multiple of, for all ranks to have equally many columns.
 
-    A context rank has two chunks of each row, and sequence parallelism cuts what it has over the tensor ranks.
+    A context rank has two chunks of each row, sequence parallelism cuts what it has over the tensor ranks, and products
+    in 8 bits take tokens by so many.
     """
     num_chunks = 2 * config.context_parallel_size if config.context_parallel_size > 1 else 1
-    return num_chunks * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
+    together = FP8_TOKENS[str(config.fp8_recipe)] if config.fp8 else 1
+    return num_chunks * together * (config.tensor_model_parallel_size if config.sequence_parallel else 1)
 
 
 def chunks_of(rank: int, num_ranks: int) -> tuple[int, int]:

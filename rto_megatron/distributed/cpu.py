@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from rto_megatron.distributed.cpu_patches import PATCHES
+from rto_megatron.distributed.cpu_patches import ADAM, PATCHES, Patch
 
 _originals: dict[str, Any] = {}
+_adams: dict[str, Any] = {}
 
 
 def install() -> None:
@@ -23,17 +24,19 @@ def install() -> None:
     if torch.cuda.is_available() or _originals:
         return
     for patch in PATCHES:
-        owner = patch.owner()
-        if not hasattr(owner, patch.attribute):
-            continue  # another Megatron version; `missing` names it
-        original = owner.__dict__.get(patch.attribute, getattr(owner, patch.attribute))
-        _originals[patch.name] = original
-        setattr(owner, patch.attribute, patch.make(original))
+        _apply(patch, _originals)
     # On CUDA a fork that moves the CPU's generator is a mistake; here the CPU's generator is the one that is forked.
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
         lambda record: "CPU RNG state changed" not in record.getMessage()
     )
     _undo_compilation()
+
+
+def install_adam() -> None:
+    """Apply those patches alone that bring Adam: for a GPU without a library that has one."""
+    for patch in PATCHES:
+        if patch.name in ADAM and patch.name not in _adams:
+            _apply(patch, _adams)
 
 
 def is_installed() -> bool:
@@ -44,6 +47,15 @@ def is_installed() -> bool:
 def missing() -> list[str]:
     """Names of `PATCHES` that the installed Megatron does not have; tests/distributed/test_cpu.py says what moved."""
     return [patch.name for patch in PATCHES if not hasattr(patch.owner(), patch.attribute)]
+
+
+def _apply(patch: Patch, originals: dict[str, Any]) -> None:
+    owner = patch.owner()
+    if not hasattr(owner, patch.attribute):
+        return  # another Megatron version; `missing` names it
+    original = owner.__dict__.get(patch.attribute, getattr(owner, patch.attribute))
+    originals[patch.name] = original
+    setattr(owner, patch.attribute, patch.make(original))
 
 
 def _undo_compilation() -> None:

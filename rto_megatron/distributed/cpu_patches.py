@@ -242,3 +242,13 @@ PATCHES: tuple[Patch, ...] = (
     ),
 )
 """Every name that the adapter replaces."""
+
+ADAM = {
+    "megatron.core.optimizer.Adam",
+    "megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",
+    "megatron.core.optimizer.distrib_optimizer.Adam",
+    "megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+    "megatron.core.optimizer.distrib_optimizer.USING_APEX_OPTIMIZER",
+    "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.load_state_dict",
+}
+"""Those that bring Adam, which a GPU without Transformer Engine and apex lacks too."""

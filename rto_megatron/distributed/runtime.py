@@ -23,8 +23,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rto_megatron.config.parallel import ComputeConfig
 from rto_megatron.distributed import cpu
 from rto_megatron.errors import ConfigError, UserError
+
+HOST_BACKEND = "gloo"
+"""Of torch.distributed, for tensors in host memory, whatever the device."""
+
+DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0"}
+"""What cuBLAS and Transformer Engine want to be told for kernels that add in one order."""
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others before it gives up; a checkpoint on a slow disk takes minutes."""
@@ -55,7 +62,16 @@ class Runtime:
     backend: str
     """Of torch.distributed: gloo or nccl."""
     has_transformer_engine: bool
-    """Whether layers come from Transformer Engine; else from Megatron's own and torch."""
+    """Whether Transformer Engine is there, and a GPU for it."""
+    has_fused_gradients: bool = False
+    """Whether NVIDIA's apex is there, whose kernel adds a weight's gradient to the float32 sum as it computes it."""
+
+    def has_fused_layers(self, dtype: str) -> bool:
+        """Whether layers come from Transformer Engine; else from Megatron's own and torch.
+
+        Not in float32: its attention has no float32 kernel for packed rows, and its products would be TF32.
+        """
+        return self.has_transformer_engine and dtype == "bfloat16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +156,12 @@ def prepare_imports() -> None:
         warnings.filterwarnings("ignore", message=re.escape(start))
 
 
-def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
+def start_runtime(*, threads: int, deterministic: bool = False, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
     """Choose the device, join the other ranks, and make Megatron ready for both; a second call returns the same.
 
     Args:
         threads: CPU threads of this rank.
+        deterministic: kernels and sums over ranks take one order.
         timeout: how long a collective waits for the other ranks before it raises.
     """
     global _running
@@ -153,13 +170,20 @@ def start_runtime(*, threads: int, timeout: timedelta = COLLECTIVE_TIMEOUT) -> R
     prepare_imports()
     # Megatron asks for it with tensor parallelism: kernels then start in the order in which they overlap.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if deterministic:  # before the first call to a GPU library: they read the environment once
+        os.environ.update(DETERMINISTIC)
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+        torch.use_deterministic_algorithms(True)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        runtime = Runtime(_take_gpu(), "nccl", check_transformer_engine())
+        has_engine = check_transformer_engine()
+        runtime = Runtime(_take_gpu(), "nccl", has_engine, has_fused_gradients=has_nvidia_apex())
+        if not has_engine and not has_nvidia_apex():
+            cpu.install_adam()
     else:
         cpu.install()
-        runtime = Runtime(torch.device("cpu"), "gloo", False)
-    _join(runtime.backend, timeout)
+        runtime = Runtime(torch.device("cpu"), HOST_BACKEND, False)
+    _join(runtime, timeout)
     _running = runtime
     return runtime
 
@@ -243,12 +267,58 @@ def check_gpus(num_ranks: int, num_gpus: int) -> None:
         )
 
 
-def _join(backend: str, timeout: timedelta) -> None:
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()  # type: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+def _join(runtime: Runtime, timeout: timedelta) -> None:
+    options: dict[str, Any] = {"backend": runtime.backend, "timeout": timeout}
+    if runtime.device.type != "cpu":
+        # NCCL connects at once: a rank on the wrong GPU is told now, and a message in pairs may be a group's first
+        options["device_id"] = runtime.device
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # type: ignore[reportPrivateImportUsage]
+    dist.init_process_group(**options)
+
+
+FP8_CAPABILITY = {"tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+"""compute.fp8_recipe -> the oldest GPU that has it: Ada, Hopper, Blackwell."""
+
+
+def check_fp8(compute: ComputeConfig, runtime: Runtime, *, adapted: bool = False) -> None:
+    """Raise ConfigError unless this rank can multiply in 8 bits.
+
+    Args:
+        adapted: the model has adapters, or shares weights with one that has.
+    """
+    on_gpu = runtime.device.type == "cuda"
+    capability = torch.cuda.get_device_capability(runtime.device) if on_gpu else None
+    if problem := fp8_problem(compute.fp8_recipe, capability, runtime.has_transformer_engine, adapted=adapted):
+        raise ConfigError(f"compute.fp8 {compute.fp8} {problem}; set compute.fp8 to none")
+
+
+def fp8_problem(
+    recipe: str, capability: tuple[int, int] | None, has_transformer_engine: bool, *, adapted: bool
+) -> str | None:
+    """What keeps a rank from multiplying in 8 bits, to follow the field's name; None where nothing does.
+
+    Args:
+        capability: compute capability of its GPU; None on a CPU.
+    """
+    if capability is None:
+        return "needs an NVIDIA GPU, and this rank runs on a CPU"
+    if capability < (least := FP8_CAPABILITY[recipe]):
+        return (
+            f"with compute.fp8_recipe {recipe} needs a GPU of compute capability {least[0]}.{least[1]} or more, got "
+            f"{capability[0]}.{capability[1]}"
+        )
+    if not has_transformer_engine:
+        return "needs Transformer Engine, which is not installed; pip install 'rto_megatron[gpu]'"
+    if adapted:
+        return "needs Transformer Engine's layers, and adapters (lora, critic_lora) take Megatron's own"
+    return None
+
+
+@cache
+def has_nvidia_apex() -> bool:
+    """Whether NVIDIA's apex is there, with its kernels; PyPI's package of that name is another project."""
+    return all(importlib.util.find_spec(kernel) for kernel in ("amp_C", "fused_weight_gradient_mlp_cuda"))
 
 
 @cache

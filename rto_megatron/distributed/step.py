@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -197,7 +198,7 @@ def _cut_up(
     if any(model.config.context_parallel_size > 1 for model in models):
         cut = replace(cut, packed=False)  # a context rank has two chunks of every row
     cuts = cut_rows(batch, cut, unit=unit)
-    multiple = max(column_multiple(model.config) for model in models)
+    multiple = lcm(*(column_multiple(model.config) for model in models))
     return cuts, make_microbatches(batch, cuts, packed=cut.packed, multiple=multiple)
 
 

@@ -6,11 +6,16 @@ import re
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from pathlib import Path
 
 from rto_megatron.config.parallel import ComputeConfig
 from rto_megatron.distributed import cpu
-from rto_megatron.distributed.runtime import Hardware, check_gpus, check_transformer_engine, prepare_imports
+from rto_megatron.distributed.runtime import (
+    Hardware,
+    check_gpus,
+    check_transformer_engine,
+    has_nvidia_apex,
+    prepare_imports,
+)
 from rto_megatron.doctor.findings import Section
 from rto_megatron.errors import UserError
 
@@ -114,7 +119,7 @@ def _check_megatron(found: Section, megatron: str, hardware: Hardware) -> bool:
 
 def _check_apex(found: Section) -> None:
     spec = find_spec("apex")
-    if spec is not None and not _has_nvidia_apex():
+    if spec is not None and not has_nvidia_apex():
         places = ", ".join(spec.submodule_search_locations or [str(spec.origin)])
         found.warning(
             f"the installed apex is not NVIDIA's: {places}",
@@ -123,20 +128,13 @@ def _check_apex(found: Section) -> None:
         )
 
 
-def _has_nvidia_apex() -> bool:
-    spec = find_spec("apex")
-    places = spec.submodule_search_locations if spec else None
-    return any((Path(place) / "multi_tensor_apply").is_dir() for place in places or [])
-
-
 def _check_fused(found: Section) -> None:
     if check_transformer_engine():
         found.ok("layers and Adam come from Transformer Engine")
-    elif not _has_nvidia_apex():
+    elif not has_nvidia_apex():
         found.warning(
             "there are GPUs, but neither Transformer Engine nor NVIDIA's apex",
-            why="Megatron then takes torch's AdamW, whose state its distributed checkpoints do not expect; "
-            "layers are Megatron's local ones, which are slower",
+            why="layers are then Megatron's local ones and Adam is torch's, which are slower",
             way_out="pip install 'rto_megatron[gpu]'",
         )
 

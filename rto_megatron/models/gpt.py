@@ -25,10 +25,15 @@ from rto_megatron.distributed.chunks import ChunkedModel
 from rto_megatron.distributed.context import own_columns, whole_rows
 from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
+from rto_megatron.distributed.runtime import check_fp8
+from rto_megatron.errors import ConfigError
 from rto_megatron.models.attention import CausalAttention, GroupedAttention
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.models.lora import adapt_spec, freeze_base
 from rto_megatron.models.weights import initialize
+
+FP8_WIDTH = 16
+"""What the rows and columns of a matrix must be a multiple of, for products in 8 bits."""
 
 Kind = Literal["policy", "value"]
 """A policy scores tokens; a value model (critic, reward model) gives one number a token."""
@@ -121,13 +126,17 @@ def build_model(
         ConfigError: the layout does not divide the model.
     """
     parallel.check_model(config)
-    megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute)
+    fused = mesh.runtime.has_fused_layers(compute.dtype) and lora is None and not local
+    if compute.fp8 != "none":
+        check_fp8(compute, mesh.runtime, adapted=lora is not None or local)
+        check_fp8_sizes(config, mesh.tensor.size)
+    megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute, fused=fused)
     num_chunks, chunks = parallel.virtual_stages, []
     num_layers = config.num_layers // (mesh.pipeline.size * num_chunks)
     for number in range(num_chunks):
         chunk = {"policy": PolicyModel, "value": ScalarModel}[kind](
             megatron_config,
-            _layer_spec(config, mesh, lora, local=local, num_layers=num_layers),
+            _layer_spec(config, lora, fused=fused, num_layers=num_layers),
             vocab_size=config.padded_vocab_size,
             max_sequence_length=config.max_length,
             pre_process=mesh.is_first_stage and number == 0,
@@ -165,11 +174,16 @@ def _plain_strides(_module: Any, _inputs: Any, embeddings: Tensor) -> Tensor:
 
 
 def transformer_config(
-    config: ModelConfig, mesh: Mesh, *, parallel: ParallelConfig, compute: ComputeConfig
+    config: ModelConfig, mesh: Mesh, *, parallel: ParallelConfig, compute: ComputeConfig, fused: bool
 ) -> TransformerConfig:
-    """Megatron's view of the architecture, the layout and the arithmetic."""
+    """Megatron's view of the architecture, the layout and the arithmetic.
+
+    Args:
+        fused: layers are Transformer Engine's.
+    """
     dtype = getattr(torch, compute.dtype)
     recompute: dict[str, Any] = {}
+    fp8: dict[str, Any] = {} if compute.fp8 == "none" else {"fp8": compute.fp8, "fp8_recipe": compute.fp8_recipe}
     if compute.recompute == "selective":
         # the MLP's activations are the largest; those of attention are not kept by its fused kernels anyway
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
@@ -207,13 +221,15 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",  # there are no experts, yet the other choice forbids the line above
         # Megatron draws from a different stream in each layout; `initialize` does not
         use_cpu_initialization=mesh.device.type == "cpu",
-        bias_activation_fusion=False,
+        bias_activation_fusion=fused,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        gradient_accumulation_fusion=fused and mesh.runtime.has_fused_gradients,
+        apply_rope_fusion=fused,
+        deterministic_mode=compute.deterministic,
         **recompute,
+        **fp8,
     )
 
 
@@ -226,11 +242,27 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
+def check_fp8_sizes(config: ModelConfig, num_tensor: int) -> None:
+    """Raise ConfigError unless products in 8 bits can take a tensor rank's matrices."""
+    queries, keys = config.num_attention_heads * config.kv_channels, config.num_query_groups * config.kv_channels
+    sizes = {
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.ffn_hidden_size / num_tensor,
+        "head_dim times its heads": queries / num_tensor,
+        "head_dim times query, key and value heads": (queries + 2 * keys) / num_tensor,
+    }
+    if wrong := [f"{name} {size:g}" for name, size in sizes.items() if size % FP8_WIDTH]:
+        raise ConfigError(
+            f"compute.fp8 needs model sizes of a tensor rank that are multiples of {FP8_WIDTH}, got model."
+            f"{', '.join(wrong)}; set compute.fp8 to none, or parallel.tensor smaller"
+        )
+
+
 def _layer_spec(
-    config: ModelConfig, mesh: Mesh, lora: LoRAConfig | None, *, local: bool, num_layers: int
+    config: ModelConfig, lora: LoRAConfig | None, *, fused: bool, num_layers: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """Transformer Engine's layers where it is there, else Megatron's local ones with our attention and norm."""
-    if mesh.runtime.has_transformer_engine and lora is None and not local:
+    """Transformer Engine's layers, or Megatron's local ones with our attention and norm."""
+    if fused:
         theirs: Any = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_norm)
         theirs.submodules.self_attention.module = GroupedAttention
         return theirs

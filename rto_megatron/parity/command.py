@@ -57,7 +57,7 @@ def main(path: Path | None, words: list[str]) -> int:
     stage, config = load_any(path, words)
     if not isinstance(config, RTORun):
         raise ConfigError(f"parity takes the config of an rto or ppo run, got one of {stage}")
-    runtime = start_runtime(threads=config.compute.threads)
+    runtime = start_runtime(threads=config.compute.threads, deterministic=config.compute.deterministic)
     certificate = certify(config, runtime)
     stop_runtime()
     return NOT_PROVEN if certificate.failed else 0
@@ -181,7 +181,7 @@ def _about(setup: Setup, config: RTORun, one: Leg) -> dict[str, object]:
     layout = f"{config.parallel.sizes} x data {mesh.data.size}"
     layout += f", {config.parallel.virtual_stages} virtual stages" if config.parallel.virtual_stages > 1 else ""
     layout += ", sequence parallel" if config.parallel.sequence else ""
-    layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
+    layers = "Transformer Engine" if mesh.runtime.has_fused_layers(config.compute.dtype) else "local"
     return {
         "layout": layout if world_size() > 1 else "one process: a check of the check; start the layout with torchrun",
         "ranks": f"{world_size()} x {mesh.device.type}, {config.compute.dtype}, {layers} layers",

@@ -44,7 +44,8 @@ def main(folder: Path, parent: int) -> int:
         from rto_megatron.parity.leg import walk, write_weights
         from rto_megatron.stages.rto import prepare
 
-        setup, _ = prepare(config, start_runtime(threads=config.compute.threads))
+        runtime = start_runtime(threads=config.compute.threads, deterministic=config.compute.deterministic)
+        setup, _ = prepare(config, runtime)
         walk(setup, config, write_weights(folder)).save(folder)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

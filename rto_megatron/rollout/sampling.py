@@ -16,6 +16,9 @@ from torch.distributed import ProcessGroup
 from rto_megatron.data.sampler import stream_seed
 from rto_megatron.distributed.replica import gather_over_tensor
 
+SHARES_OF_1 = 2**52
+"""Probabilities that are added up are whole numbers of these shares."""
+
 
 def request_seed(seed: int, step: int, prompt_id: int, sample_id: int) -> int:
     """The random stream of one response, 63 bits: whichever rank, slot or order it is written in."""
@@ -106,8 +109,10 @@ def _least_kept(z: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p == 1:
         return likeliest[-1]
     probs = likeliest.softmax(-1)
-    before = probs.cumsum(-1) - probs  # a token stays where those before it hold less than top_p
-    return likeliest[(before < top_p).sum().clamp(min=1) - 1]
+    # in whole numbers: on a GPU floats are added in another order each time, and its deterministic mode refuses to
+    shares = (probs.double() * SHARES_OF_1).round().long()
+    before = shares.cumsum(-1) - shares  # a token stays where those before it hold less than top_p
+    return likeliest[(before < top_p * SHARES_OF_1).sum().clamp(min=1) - 1]
 
 
 def gumbel(seeds: Tensor, indices: Tensor, *, first_id: int, num_ids: int) -> Tensor:

@@ -79,8 +79,11 @@ def open_run(
     folder, console, start = config.run_dir, Console(is_main()), own.manifest.step if own else 0
     log = _open_log(folder, dump_run(config), start)
     layout = f"{config.parallel.sizes} x data {mesh.data.size}"
-    layers = "Transformer Engine" if mesh.runtime.has_transformer_engine else "local"
-    where = f"{world_size()} x {mesh.runtime.device.type}, {config.compute.dtype}, {layers} layers"
+    compute = config.compute
+    layers = "Transformer Engine" if mesh.runtime.has_fused_layers(compute.dtype) else "local"
+    layers += f" layers, FP8 {compute.fp8} {compute.fp8_recipe}" if compute.fp8 != "none" else " layers"
+    where = f"{world_size()} x {mesh.runtime.device.type}, {compute.dtype}, {layers}"
+    where += ", deterministic" if compute.deterministic else ""
     console.table(f"{stage}: {folder}", ("size", "value"), [("ranks", where), ("layout", layout), *sizes])
     if own:
         console.say(f"going on after step {start}: {own.folder}")

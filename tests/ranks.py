@@ -48,7 +48,8 @@ GRACE_SECONDS = 3.0
 """How long the others may go on once one rank has failed: mostly they wait for it in a collective."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(list(PRELOAD))
+# where there are GPUs, what is loaded once may begin to use them, and a forked process cannot go on with that
+_context.set_forkserver_preload([] if torch.cuda.is_available() else list(PRELOAD))
 
 
 class RanksFailed(AssertionError):

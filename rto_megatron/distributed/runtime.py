@@ -85,6 +85,8 @@ class Hardware:
     """Memory of one GPU; 0 without."""
     driver: str = ""
     """Version of the GPU's driver; empty where none is known."""
+    capability: tuple[int, int] | None = None
+    """The GPU's compute capability; None without."""
     torch_build: str
     """What torch was built for."""
     backend: str
@@ -110,6 +112,7 @@ def inspect_hardware() -> Hardware:
         num_gpus=torch.cuda.device_count(),
         gpu_bytes=first.total_memory,
         driver=_driver(),
+        capability=(first.major, first.minor),
         torch_build=build,
         backend="nccl",
         has_backend=dist.is_nccl_available(),

@@ -13,6 +13,7 @@ from rto_megatron.distributed.runtime import (
     Hardware,
     check_gpus,
     check_transformer_engine,
+    fp8_problem,
     has_nvidia_apex,
     prepare_imports,
 )
@@ -147,6 +148,14 @@ def _check_hardware(found: Section, compute: ComputeConfig, place: Place) -> Non
             f"torch was built without {hardware.backend}",
             why="ranks exchange tensors by it",
             way_out="install another build of torch",
+        )
+    has_engine = bool(installed("transformer-engine"))
+    problem = fp8_problem(compute.fp8_recipe, hardware.capability, has_engine, adapted=False)
+    if compute.fp8 != "none" and problem:
+        found.error(
+            f"compute.fp8 {compute.fp8} {problem}",
+            why="products in 8 bits are Transformer Engine's, on GPUs that have them",
+            way_out="set compute.fp8 to none, or run where it can be done",
         )
     if hardware.num_gpus:
         found.attempt(

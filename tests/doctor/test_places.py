@@ -70,6 +70,20 @@ def test_every_library_of_setup_has_a_line_that_says_what_it_is_for():
     assert set(OPTIONAL) == {"transformer-engine", "apex"}
 
 
+@pytest.mark.parametrize(
+    ("hardware", "said"),
+    [
+        ({}, "compute.fp8 hybrid needs an NVIDIA GPU, and this rank runs on a CPU"),
+        ({"num_gpus": 1, "capability": (8, 0)}, "compute.fp8 hybrid with compute.fp8_recipe tensorwise needs a GPU of"),
+    ],
+)
+def test_8_bits_are_refused_where_they_cannot_be(hardware, said):
+    section, compute = Section("machine"), ComputeConfig(dtype="bfloat16", fp8="hybrid")
+    check_machine(section, compute, Place(hardware=replace(CPU, **hardware), ranks=1, ranks_here=1))
+    [error] = [finding.what for finding in section.findings if finding.level == "error"]
+    assert error.startswith(said)
+
+
 def test_this_machine_runs_megatron():
     section = Section("machine")
     assert check_machine(section, ComputeConfig(), Place(hardware=inspect_hardware(), ranks=1, ranks_here=1))

@@ -7,12 +7,10 @@ from rto_megatron.distributed import cpu
 from rto_megatron.distributed.collectives import barrier, gather_objects
 from rto_megatron.distributed.runtime import start_runtime
 from tests.distributed.tiny import tiny_trainer
+from tests.gpu.device import TIMEOUT, needs
 from tests.ranks import run_ranks
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-]
+pytestmark = [*needs(), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 LOSSES_ON_CPU = [3.4733598, 3.4553959]
 
@@ -29,7 +27,7 @@ def train_on_gpu():
 
 
 def test_megatron_runs_unpatched_and_trains_as_on_cpu():
-    (result,) = run_ranks(train_on_gpu, 1)
+    (result,) = run_ranks(train_on_gpu, 1, timeout=TIMEOUT)
     assert result["where"] == ("cuda", "nccl", False)
     assert result["objects"] == ["here"]
     assert result["losses"] == pytest.approx(LOSSES_ON_CPU, abs=1e-4)

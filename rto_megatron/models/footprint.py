@@ -89,6 +89,12 @@ def is_offloaded(model: Model) -> bool:
 
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, *, tokens: int) -> int:
     """Roughly what one microbatch keeps on one rank until its backward pass, and the logits of one chunk."""
+    logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
+    return kept_bytes(model, parallel, compute, tokens=tokens) + logits
+
+
+def kept_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, *, tokens: int) -> int:
+    """The same without logits, which are never kept."""
     wide = parallel.tensor if parallel.sequence else 1  # norms and residuals
     queries = model.num_attention_heads * model.kv_channels
     keys_values = 2 * model.num_query_groups * model.kv_channels
@@ -105,6 +111,6 @@ def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: Comp
     # the first stage's microbatches between forward and backward; with chunks, each of these apart (`training_plan`)
     waiting = stages if chunks == 1 else 2 * stages - 1 + (chunks - 1) * stages
     layers = model.num_layers // (stages * chunks)
-    logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor
+    above = 3 * model.hidden_size // wide  # the last norm's input and output, and what the head reads
     own = -(-tokens // parallel.context)
-    return layers * own * kept * ITEM_BYTES[compute.dtype] * waiting + logits
+    return own * (layers * kept * waiting + above) * ITEM_BYTES[compute.dtype]

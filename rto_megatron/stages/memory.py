@@ -26,7 +26,7 @@ from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.runtime import peak_bytes
 from rto_megatron.metrics import Console
-from rto_megatron.models.footprint import Model, activation_bytes, is_offloaded, model_bytes
+from rto_megatron.models.footprint import Model, is_offloaded, kept_bytes, model_bytes
 from rto_megatron.stages.actors import Judges
 from rto_megatron.stages.roles import models_of
 from rto_megatron.stages.rules import roles_of
@@ -55,6 +55,8 @@ class ActivationMeter:
     def __init__(self, model: Any) -> None:
         """Count from now on, until `stop`."""
         self.peak_bytes = 0
+        self.most_tokens = 0
+        """Of a microbatch so far, padding included."""
         self._now, self._kept = 0, dict[int, list[int]]()
         """Storage -> [how often it is kept, its bytes]."""
         self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -70,8 +72,9 @@ class ActivationMeter:
         for handle in self._handles:
             handle.remove()
 
-    def _enter(self, *_: Any) -> None:
+    def _enter(self, _model: Any, inputs: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
+            self.most_tokens = max(self.most_tokens, inputs[0].numel())
             self._inside = True
             self._hooks.__enter__()
 
@@ -149,7 +152,10 @@ class MemoryReport:
         return found
 
     def predict(self) -> dict[str, dict[str, int]]:
-        """The same from architecture, layout and config alone."""
+        """The same from architecture, layout and config; activations of the largest microbatch that came.
+
+        Before one came, of the largest that may come.
+        """
         found = {}
         for role in self._held:
             parallel, stage = role.parallel, role.mesh.pipeline.rank
@@ -157,7 +163,8 @@ class MemoryReport:
             moved = self._host is not None and is_offloaded(role.plan)
             kept = 0
             if role.trainable is not None:
-                kept = activation_bytes(role.plan.architecture, parallel, self._compute, tokens=self._micro_tokens)
+                tokens = self._meters[role.role].most_tokens or self._micro_tokens
+                kept = kept_bytes(role.plan.architecture, parallel, self._compute, tokens=tokens)
             found[role.role] = {
                 "parameters": 0 if moved else told.weights,
                 "host": told.weights if moved else 0,

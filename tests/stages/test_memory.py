@@ -56,6 +56,13 @@ def test_each_role_takes_what_was_foretold(done, number, step):
     assert found["peak_bytes"] > 1 << 20
 
 
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("role", ["policy", "critic"])
+def test_activations_are_near_what_was_foretold_for_the_microbatches_that_came(done, number, role):
+    found = numbers_of(done[number], 1)
+    assert found[f"{role}_activations_bytes"] == pytest.approx(found[f"{role}_predicted_activations_bytes"], rel=0.4)
+
+
 def test_recomputing_keeps_fewer_activations(done):
     none, full, selective = (numbers_of(run, 1)["policy_activations_bytes"] for run in done)
     assert full < 0.6 * none

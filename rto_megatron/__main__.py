@@ -15,6 +15,7 @@ from rto_megatron.config.load import load_run
 from rto_megatron.config.run import STAGES
 from rto_megatron.distributed.children import LAUNCHER, end_with
 from rto_megatron.distributed.runtime import (
+    import_megatron,
     is_main,
     is_main_of_node,
     prepare_imports,
@@ -81,12 +82,13 @@ def _run(stage: str, words: list[str]) -> int:
         raise ConfigError(f"the stage must be one of {', '.join(STAGES)} (or {', '.join(COMMANDS)}), got {stage!r}")
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else None
     if stage in COMMANDS:
-        if stage != "doctor":  # which tells what keeps Megatron from being imported
+        if stage == "report":  # which mostly does without Megatron
             prepare_imports()
+        elif stage != "doctor":  # which tells what keeps Megatron from being imported
+            import_megatron()
         return importlib.import_module(f"rto_megatron.{COMMANDS[stage]}").main(path, words)
     config = load_run(stage, path, words)
-    prepare_imports()
-    # after prepare_imports, because importing a stage imports Megatron
+    import_megatron()  # before a stage imports parts of it
     module = importlib.import_module(f"rto_megatron.stages.{'rto' if stage == 'ppo' else stage}")
     runtime = start_runtime(threads=config.compute.threads, deterministic=config.compute.deterministic)
     module.run(config, runtime)

@@ -1,5 +1,6 @@
 """Adam in plain torch, as Megatron's distributed optimizer wants it; used where no GPU library brings one."""
 
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -12,6 +13,13 @@ class FusedAdam(torch.optim.Optimizer):
     Megatron's own fallback, torch's AdamW, keeps 'step' per parameter: it trains, but `DistributedOptimizer` cannot
     write or read it. With this class an optimizer checkpoint looks the same from CPU and from GPU.
     """
+
+    # torch marks these as not to be compiled; the mark imports the compiler, which takes 20 MB and seconds, and nothing
+    # compiles this optimizer
+    add_param_group = unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(
         self,

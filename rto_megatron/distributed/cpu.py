@@ -23,6 +23,7 @@ def install() -> None:
     """Apply every patch, once; does nothing where CUDA is present."""
     if torch.cuda.is_available() or _originals:
         return
+    import_megatron()
     for patch in PATCHES:
         _apply(patch, _originals)
     # On CUDA a fork that moves the CPU's generator is a mistake; here the CPU's generator is the one that is forked.
@@ -58,10 +59,29 @@ def _apply(patch: Patch, originals: dict[str, Any]) -> None:
     setattr(owner, patch.attribute, patch.make(original))
 
 
-def _undo_compilation() -> None:
-    """Put back the plain functions that Megatron wrapped in torch.compile: a laptop may have no compiler.
+def import_megatron() -> None:
+    """Import Megatron while torch.compile gives functions back as they are.
 
-    Not by torch._dynamo.config.disable: that would switch off the user's own torch.compile too.
+    Wrapping one imports a compiler, which takes 70 MB of each process and seconds, and nothing is compiled here.
+    """
+    compiling = torch.compile
+    torch.compile = _as_it_is  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core")
+    finally:
+        torch.compile = compiling
+
+
+def _as_it_is(function: Any = None, **_: Any) -> Any:
+    """torch.compile, called or as a decorator with options, that does nothing."""
+    return _as_it_is if function is None else function
+
+
+def _undo_compilation() -> None:
+    """Put back the plain functions that Megatron wrapped in torch.compile where it was imported before.
+
+    A laptop may have no compiler. Not by torch._dynamo.config.disable: that would switch off the user's own
+    torch.compile too.
     """
     importlib.import_module("megatron.core.jit").disable_jit_fuser()  # for modules imported later
     for module_name, module in list(sys.modules.items()):

@@ -159,6 +159,13 @@ def prepare_imports() -> None:
         warnings.filterwarnings("ignore", message=re.escape(start))
 
 
+def import_megatron() -> None:
+    """Before whatever imports parts of it: without a GPU it then takes less memory and time."""
+    prepare_imports()
+    if not torch.cuda.is_available():
+        cpu.import_megatron()
+
+
 def start_runtime(*, threads: int, deterministic: bool = False, timeout: timedelta = COLLECTIVE_TIMEOUT) -> Runtime:
     """Choose the device, join the other ranks, and make Megatron ready for both; a second call returns the same.
 

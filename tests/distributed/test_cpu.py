@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -299,6 +300,22 @@ def compiled_functions_left():
 
 def test_no_function_of_megatron_waits_for_a_compiler():
     assert run_ranks(compiled_functions_left, 1) == [([], True)]
+
+
+def test_a_run_starts_without_the_compiler():
+    """It would take 70 MB of each rank, and seconds."""
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from rto_megatron.distributed.runtime import import_megatron; import_megatron();"
+            "import torch, rto_megatron.stages.rto; print('torch._dynamo' in sys.modules, torch.compile.__module__)",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.split() == ["False", "torch"]
 
 
 def sum_without_the_guard():

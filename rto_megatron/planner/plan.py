@@ -88,12 +88,13 @@ def _show(
 ) -> None:
     num_gpus, best = options.nodes * GPUS_PER_NODE, found[0]
     console.say("Rooflines, nothing measured: seconds are good to about a quarter, ratios to about a tenth.\n")
-    columns = ["map", "engine TP", "train TP", "train PP", "slots", "seconds", "idle", "overlap"]
+    columns = ["map", "engine TP", "train TP", "train CP", "train PP", "slots", "seconds", "idle", "overlap"]
     rows = [
         (
             planned.candidate.name,
             planned.candidate.layout.engine_tensor,
             planned.candidate.layout.train_tensor,
+            planned.candidate.layout.context,
             planned.candidate.layout.pipeline,
             planned.slots,
             planned.timed.seconds,
@@ -129,7 +130,8 @@ def _show(
 
 def _described(planned: Planned) -> str:
     layout = planned.candidate.layout
+    context = f"CP {layout.context} x " if layout.context > 1 else ""
     return (
-        f"{planned.candidate.name}; engines TP {layout.engine_tensor}, training TP {layout.train_tensor} x PP "
+        f"{planned.candidate.name}; engines TP {layout.engine_tensor}, training TP {layout.train_tensor} x {context}PP "
         f"{layout.pipeline}: {planned.timed.seconds:.3g} s a step"
     )

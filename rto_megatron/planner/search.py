@@ -33,6 +33,7 @@ REUSED = Roles(scored=len(ROLES) - 1)
 PACK_TOKENS = 8192
 SPLITS = (1, 2, 3, 4, 5)
 """Eighths of the GPUs that write."""
+CONTEXTS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +175,10 @@ def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
     """A split map where others score too, or where the critic has ranks of its own."""
     place, layout = candidate.placement, candidate.layout
     writing, training = len(place.engines), len(place.policy)
-    ranks = max(layout.engine_ranks, layout.train_tensor)
+    ranks = max(layout.engine_ranks, layout.train_tensor * layout.context)
     if layout.pipeline == 1 and writing * layout.engine_ranks >= ranks:
         # Engines that score hold the other roles, and themselves, in the layout of those who train.
-        alike = replace(layout, engine_tensor=layout.train_tensor, engine_ranks=ranks)
+        alike = replace(layout, engine_tensor=layout.train_tensor, engine_context=layout.context, engine_ranks=ranks)
         for score in ("all", "rollout"):
             placement = split(writing * layout.engine_ranks // ranks, training, score=score)
             yield replace(candidate, placement=placement, layout=alike)
@@ -198,7 +199,9 @@ def candidates(
     saving = saving or Saving()
     for layout in _layouts(model, gpu, num_gpus=num_gpus, workload=workload, saving=saving):
         together = max(layout.engine_ranks, layout.train_ranks)
-        both = replace(layout, engine_ranks=together, train_ranks=together)
+        alike = (layout.engine_tensor, 1) == (layout.train_tensor, layout.pipeline)  # who writes then keeps the axis
+        context = layout.context if alike else 1
+        both = replace(layout, engine_ranks=together, train_ranks=together, engine_context=context)
         for make in (colocated, fused):
             placement = make(num_gpus // together)
             yield Candidate(placement=placement, layout=both, staleness=0, early=False, saving=saving)
@@ -216,30 +219,40 @@ def candidates(
 
 
 def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload, saving: Saving) -> list[Layout]:
+    """Those that fit; each with as few context ranks as it needs: one, unless a row by itself is a microbatch."""
     found: list[tuple[int, float, Layout]] = []
     node = min(GPUS_PER_NODE, num_gpus)
     for engine in (1, 2, 4, 8):
         for tensor in (1, 2, 4, 8):
             for pipeline in (1, 2, 4, 8):
-                copy = tensor * pipeline
-                if engine > node or tensor > node or copy > num_gpus or not _divides(model, engine, tensor, pipeline):
+                if engine > node or tensor > node or not _divides(model, engine, tensor, pipeline):
                     continue
-                layout = Layout(
-                    engine_ranks=node if num_gpus > GPUS_PER_NODE else engine,  # a node's copies side by side
-                    train_ranks=max(copy, node if num_gpus > GPUS_PER_NODE else 1),
-                    engine_tensor=engine,
-                    train_tensor=tensor,
-                    pipeline=pipeline,
-                )
-                place = colocated(1) if saving.lora_rank else split(1, 1)
-                trial = Candidate(placement=place, layout=layout, staleness=0, early=False, saving=saving)
-                _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
-                if slots >= 1:
-                    alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
-                    found.append((copy, alone, layout))
+                for context in CONTEXTS if _window(workload) > Layout.micro_tokens else (1,):
+                    copy = tensor * context * pipeline
+                    if tensor * context > node or copy > num_gpus:
+                        break
+                    layout = Layout(
+                        engine_ranks=node if num_gpus > GPUS_PER_NODE else engine,  # a node's copies side by side
+                        train_ranks=max(copy, node if num_gpus > GPUS_PER_NODE else 1),
+                        engine_tensor=engine,
+                        train_tensor=tensor,
+                        pipeline=pipeline,
+                        context=context,
+                    )
+                    place = colocated(1) if saving.lora_rank else split(1, 1)
+                    trial = Candidate(placement=place, layout=layout, staleness=0, early=False, saving=saving)
+                    _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
+                    if slots >= 1:
+                        alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
+                        found.append((copy, alone, layout))
+                        break
     fewest = sorted({copy for copy, _, _ in found})[:2]
     kept = sorted((entry for entry in found if entry[0] in fewest), key=lambda entry: entry[:2])
     return [layout for _, _, layout in kept][:12]
+
+
+def _window(workload: Workload) -> int:
+    return workload.prompt_tokens + workload.max_new_tokens
 
 
 def _divides(model: ModelConfig, engine: int, tensor: int, pipeline: int) -> bool:
@@ -275,10 +288,13 @@ def _models(model: ModelConfig, saving: Saving) -> list[Model]:
 def setting_of(candidate: Candidate, model: ModelConfig, workload: Workload, *, num_gpus: int | None = None) -> Setting:
     """What the memory of a candidate depends on; `num_gpus` spreads the optimizer over all of them."""
     layout, place = candidate.layout, candidate.placement
-    copy = layout.train_tensor * layout.pipeline
+    train = ParallelConfig(
+        tensor=layout.train_tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        sequence=layout.train_tensor > 1,
+    )
     training = len(place.policy) * layout.train_ranks
-    window = workload.prompt_tokens + workload.max_new_tokens
-    train = ParallelConfig(tensor=layout.train_tensor, pipeline=layout.pipeline, sequence=layout.train_tensor > 1)
     return Setting(
         models=_models(model, candidate.saving),
         placement=place,
@@ -287,10 +303,10 @@ def setting_of(candidate: Candidate, model: ModelConfig, workload: Workload, *, 
         critic=train,
         compute=replace(COMPUTE, offload_frozen=candidate.saving.offload_frozen),
         moves=place.moves(staleness=candidate.staleness, early=candidate.early),
-        num_data=max(1, (num_gpus or training) // copy),
-        num_critic_data=max(1, (num_gpus or len(place.critic) * layout.train_ranks) // copy),
-        micro_tokens=max(window, layout.micro_tokens),
-        pack_tokens=max(window, PACK_TOKENS),
+        num_data=max(1, (num_gpus or training) // train.replica),
+        num_critic_data=max(1, (num_gpus or len(place.critic) * layout.train_ranks) // train.replica),
+        micro_tokens=max(_window(workload), layout.micro_tokens),
+        pack_tokens=max(_window(workload), PACK_TOKENS),
     )
 
 
@@ -304,8 +320,9 @@ def memory_of(
     setting = setting_of(candidate, model, workload, num_gpus=num_gpus)
     kinds, layout = ranks_of(setting), candidate.layout
     room = CACHE_FRAC * gpu.memory - max(sum(always(setting, rank).values()) for rank in kinds if rank.writes)
-    a_slot = (workload.prompt_tokens + workload.max_new_tokens) * cache_bytes_of_a_token(setting)
-    slots = int(room // a_slot) * (layout.engine_ranks // layout.engine_tensor) if room > 0 else 0
+    a_slot = _window(workload) * cache_bytes_of_a_token(setting)
+    copies = layout.engine_ranks // (layout.engine_tensor * layout.engine_context)
+    slots = int(room // a_slot) * copies if room > 0 else 0
     memory = {rank.name: by_phase(setting, rank, cache=max(0.0, room)) for rank in kinds}
     fits = all(sum(held.values()) <= gpu.memory for phases in memory.values() for held in phases.values())
     return memory, slots if fits else 0

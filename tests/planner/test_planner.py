@@ -78,6 +78,28 @@ def test_too_few_samples_for_the_gpus_are_refused_with_their_own_reason():
         small("llama3-8b", num_gpus=1024, minibatch=1)
 
 
+def layouts_tried(max_new_tokens):
+    """(tensor, context, pipeline) of what is tried for a billion parameters on 8 GPUs."""
+    workload = Workload(prompt_tokens=64, max_new_tokens=max_new_tokens)
+    found = candidates(MODELS["llama3-1b"], GPUS["h100"], num_gpus=8, workload=workload, max_staleness=0)
+    return {(one.layout.train_tensor, one.layout.context, one.layout.pipeline) for one in found}
+
+
+def test_context_ranks_are_tried_where_one_row_is_too_long_without_them():
+    assert all(context == 1 for _, context, _ in layouts_tried(32_768))
+    found = layouts_tried(131_072)
+    assert (1, 2, 1) in found and (1, 1, 1) not in found
+    assert (2, 1, 1) in found and (2, 2, 1) not in found  # no more of them than it needs
+
+
+def test_the_plan_names_context_ranks(capsys):
+    words = ["--model=llama3-1b", "--samples=8", "--minibatch=8", "--prompt_tokens=64", "--max_new_tokens=131072"]
+    assert main(["plan", *words, "--shown=40"]) == 0
+    header, *rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    column = [word.strip() for word in header].index("train CP")
+    assert {int(row[column]) for row in rows if row[1].strip() in ("colocated", "fused")} == {1, 2}
+
+
 def test_staleness_is_tried_only_if_it_is_asked_for():
     def seen(staleness):
         found = candidates(MODELS["llama3-1b"], GPUS["h100"], num_gpus=8, workload=SHORT, max_staleness=staleness)

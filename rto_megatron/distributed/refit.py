@@ -106,25 +106,31 @@ class Refit:
         return sum(buffer.numel() for buffer in incoming.values())
 
     def _verify(self) -> None:
-        """Compare a digest of every piece that a target rank holds with that of the same elements of the source."""
+        """Compare a digest of every piece that a target rank holds with that of the same elements of the source.
+
+        What several source ranks hold is digested on each: it must be the same there.
+        """
         device = next(
             p.device for model in (self._source, self._target) if model is not None for p in model.parameters()
         )
         index = {piece: i for i, piece in enumerate(self._pieces)}
         sent = torch.zeros(len(index), dtype=torch.int64, device=device)
         by_name = _by(self._pieces, lambda piece: piece.name)
-        for shard in _shards(self._source):
-            if shard.is_main:
-                for piece in by_name.get(shard.name, []):
-                    part = piece.within(shard)
-                    if part is not None:
-                        sent[index[piece]] += digest(part, piece.common(shard)[0])
-        dist.all_reduce(sent, group=self._group)  # wraps around, as the digest itself does
-        wrong = torch.zeros(1, dtype=torch.int64, device=device)
         held = [
             (index[Piece(s.name, s.offset, tuple(s.data.shape))], digest(s.data, s.offset))
             for s in _shards(self._target)
         ]
+        for shard in _shards(self._source):
+            for piece in by_name.get(shard.name, []):
+                part = piece.within(shard)
+                if part is None:
+                    continue
+                if shard.is_main:
+                    sent[index[piece]] += digest(part, piece.common(shard)[0])
+                elif tuple(part.shape) == piece.shape:
+                    held.append((index[piece], digest(part, piece.offset)))
+        dist.all_reduce(sent, group=self._group)  # wraps around, as the digest itself does
+        wrong = torch.zeros(1, dtype=torch.int64, device=device)
         if held:
             which, found = torch.tensor([i for i, _ in held], device=device), torch.stack([d for _, d in held])
             where = (sent[which] != found).nonzero()
@@ -159,13 +165,13 @@ def digest(data: Tensor, offset: tuple[int, ...]) -> Tensor:
     for rows in bits.split(max(1, DIGEST_CHUNK // max(1, bits[:1].numel()))):
         starts, part = (start, *offset[1:]), rows.long()
         for axis in reversed(range(part.dim())):
-            part = (part * _multipliers(starts[axis], part.shape[axis], axis, data.device)).sum(-1)
+            part = (part * multipliers(starts[axis], part.shape[axis], axis, data.device)).sum(-1)
         total += part
         start += len(rows)
     return total
 
 
-def _multipliers(start: int, size: int, axis: int, device: torch.device) -> Tensor:
+def multipliers(start: int, size: int, axis: int, device: torch.device) -> Tensor:
     """[size] odd int64: a well-mixed number of each index along an axis."""
     x = torch.arange(start + 1, start + size + 1, device=device) + (axis << 40)
     for factor in (-0x61C8864680B583EB, -0x40A7B892E31B1A47):  # of splitmix64, as signed numbers

@@ -44,6 +44,7 @@ from rto_megatron.distributed.checkpoint import (
 )
 from rto_megatron.distributed.children import belong_to, die_of_a_killed_child
 from rto_megatron.distributed.collectives import broadcast_object, gather_objects
+from rto_megatron.distributed.copies import check_copies
 from rto_megatron.distributed.optimizer import Trainable, optimizer_state
 from rto_megatron.distributed.runtime import is_main, rank
 from rto_megatron.errors import CheckpointError
@@ -86,7 +87,8 @@ class Saver:
     """Writes the checkpoints of a run, one at a time. Every method is called by all ranks.
 
     Raises:
-        CheckpointError: from any method: some rank could not write. The tracker still names the checkpoint before.
+        CheckpointError: from any method: some rank could not write, or holds other weights than its copies. The tracker
+            still names the checkpoint before.
     """
 
     def __init__(self, run_dir: Path, config: CheckpointConfig, save_tokenizer: Callable[[Path], None]) -> None:
@@ -119,6 +121,7 @@ class Saver:
         """
         self.wait()
         started = time.perf_counter()
+        check_copies(models)
         # a name of its own: processes of a killed run may still be writing into theirs
         draft = self.root / broadcast_object(f"step_{manifest.step:08d}.{time.time_ns()}{DRAFT}")
         with _all_or_none(draft):

@@ -108,8 +108,9 @@ def size_rules(config: Any, num_data: int) -> Iterator[Rule]:
             "prompts_per_step x samples_per_prompt": config.prompts_per_step * config.samples_per_prompt,
             "samples_per_optimizer_step": config.samples_per_optimizer_step,
         }
+    why = "rows are dealt out by their tokens, and of a few that do not divide one replica has less to do than others"
     for name, value in sizes.items():
-        yield Rule(partial(check_divides, name, value, num_data), "replicas would get different numbers of rows")
+        yield Rule(partial(check_divides, name, value, num_data), why)
 
 
 def role_rules(config: Any, opened: Mapping[str, Checkpoint]) -> Iterator[Rule]:

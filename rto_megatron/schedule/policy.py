@@ -23,7 +23,7 @@ The *program* lists training and all that groups do together; each group does it
 
 A lane has prompts left or responses live, holds the right version, and writes on unless `waiting_packs` of its packs
 wait. A pack that it has closed may be scored at once; in the colocated map, once the step's last response is written.
-It is its owner's, fixed by numbers, and the owner alone may give it away, once: so no two groups claim a pack.
+Whose it is tells `packs.py`.
 
 As everybody meets the shared items in one order, no two groups can wait for each other in different ones. Who decodes
 which lane is fixed by numbers, and what is in a pack or minibatch by the lanes' clocks (`lane.py`). Time decides only
@@ -43,12 +43,11 @@ from typing import Any
 
 from rto_megatron.data.shares import deal
 from rto_megatron.schedule.lane import Lane, Pack
+from rto_megatron.schedule.packs import WaitingPacks
 from rto_megatron.schedule.placement import RoleMap
 from rto_megatron.schedule.work import Item, Sizes, StepInput
 
 INFINITY = float("inf")
-HELD = 4
-"""Packs that a group may hold and still be given none: it scores them while the next are on their way."""
 
 
 class Schedule:
@@ -97,9 +96,7 @@ class Schedule:
         for lane in range(sizes.lanes):
             self._lanes_of[placement.engine_of(lane, sizes.lanes)].append(lane)
         self._refits: Counter[tuple[int, str]] = Counter()
-        self._to_score: dict[int, list[Pack]] = {group: [] for group in placement.scorers}
-        self._given_away: set[tuple[int, int, int]] = set()
-        """Step, lane and number of packs that are not their owner's any more."""
+        self._packs = WaitingPacks(placement, num_lanes=sizes.lanes)
 
     @property
     def finished(self) -> bool:
@@ -110,14 +107,17 @@ class Schedule:
         """What `group` runs now; None if it has to wait until something else is done."""
         if group in self._running:
             raise ValueError(f"group {group} asks for work and has not said that {self._running[group].key} is done")
-        program = self._of_program(group)
-        lane = None if program else self._of_lanes(group)
-        packs = self._ready(group)
-        if gift := self._gift(group, packs, is_free=program is None and lane is None):
-            return gift
-        pack = self._pack_item(group, packs[0]) if packs else None
-        # a pack of an earlier step comes before the lanes: training waits for it, and with it the next weights
-        item = program or (pack if pack and (lane is None or pack.step < lane.step) else lane)
+        item = self._of_program(group)
+        gives = self.placement.streams and group in self._lanes_of
+        packs = self._ready(group) if gives or item is None else []
+        if item is None:
+            item = self._of_lanes(group)
+        if packs:
+            if gives and (gift := self._gift(group, packs, is_free=item is None)):
+                return gift
+            # a pack of an earlier step comes before the lanes: training waits for it, and with it the next weights
+            if item is None or (item.kind in ("prefill", "decode") and packs[0].step < item.step):
+                item = self._pack_item(group, packs[0])
         if item is not None:
             self._running[group] = item
         return item
@@ -153,7 +153,7 @@ class Schedule:
             f"step {number}: {sum(not lane.drained for lane in step.lanes)} lanes writing, {len(step.scored)} scored"
             for number, step in self._steps.items()
         )
-        waiting = ", ".join(f"{len(packs)} for group {group}" for group, packs in self._to_score.items() if packs)
+        waiting = ", ".join(f"{count} for group {group}" for group, count in self._packs.counts().items() if count)
         return f"{heads}; {steps}; packs: {waiting or 'none'}"
 
     # The program: training, and what groups do together.
@@ -197,9 +197,8 @@ class Schedule:
             return None
         if head.kind == "train":
             # Each group does a share of its own; they meet again in the optimizer step.
-            tokens = self._step(head.step).tokens
-            mine = deal([tokens[sample] for sample in samples], len(head.groups))[head.groups.index(group)]
-            return replace(head, groups=(group,), samples=tuple(samples[row] for row in mine))
+            share = self._step(head.step).shares(samples, len(head.groups))[head.groups.index(group)]
+            return replace(head, groups=(group,), samples=share)
         return replace(head, groups=(group,) if head.kind == "advantage" else head.groups, samples=samples)
 
     def _members(self, item: Item) -> tuple[int, ...] | None:
@@ -278,8 +277,7 @@ class Schedule:
 
     def _has_credit(self, lane: int) -> bool:
         """Whether few enough packs of the lane wait; where scoring waits for the last response, all may."""
-        waiting = sum(pack.lane == lane for packs in self._to_score.values() for pack in packs)
-        return not self.placement.streams or waiting < self.sizes.waiting_packs
+        return not self.placement.streams or self._packs.of_lane(lane) < self.sizes.waiting_packs
 
     def _has_version(self, group: int, step: int) -> bool:
         """Whether the group's engine holds the weights that write the responses of the step."""
@@ -299,13 +297,13 @@ class Schedule:
         if item != self._lane_item(item.step, item.lane):
             raise ValueError(f"{item.key} is done, and is not the next pass of lane {item.lane}")
         for pack in self._step(item.step).lanes[item.lane].advance(lengths):
-            self._to_score[self.placement.owner_of(pack.lane, pack.number, self.sizes.lanes)].append(pack)
+            self._packs.close(pack)
 
     # The packs: scoring.
 
     def _ready(self, group: int) -> list[Pack]:
         """The packs that a group may score now, oldest first."""
-        packs = (pack for pack in self._to_score.get(group, ()) if self._may_score(group, pack))
+        packs = (pack for pack in self._packs.of(group) if self._may_score(group, pack))
         return sorted(packs, key=lambda pack: pack.age)
 
     def _gift(self, group: int, ready: list[Pack], *, is_free: bool) -> Item | None:
@@ -314,27 +312,16 @@ class Schedule:
         Args:
             is_free: it could score the first of them itself, now.
         """
-        own = [pack for pack in ready if (pack.step, pack.lane, pack.number) not in self._given_away]
-        if not self.placement.streams or group not in self._lanes_of or len(own) <= is_free:
-            return None
-        pack = own[is_free]
-        takers = [
-            other
-            for other in self.placement.scorers
-            if other != group
-            and all(self._step(pack.step).lanes[lane].drained for lane in self._lanes_of.get(other, ()))
-            and len(self._to_score[other]) < HELD
-            and self._may_score(other, pack)
-        ]
-        if not takers:
-            return None
-        taker = min(takers, key=lambda other: (len(self._to_score[other]), other))
-        return replace(self._pack_item(group, pack), kind="give", to=taker)
+        found = self._packs.gift(group, ready, kept=int(is_free), may_take=self._may_take)
+        return found and replace(self._pack_item(group, found[0]), kind="give", to=found[1])
+
+    def _may_take(self, group: int, pack: Pack) -> bool:
+        """Whether a group has written all of its own of the pack's step, and may score it."""
+        lanes = self._step(pack.step).lanes
+        return all(lanes[lane].drained for lane in self._lanes_of.get(group, ())) and self._may_score(group, pack)
 
     def _pack_given(self, group: int, item: Item) -> None:
-        pack = self._take_out(group, replace(item, kind="score", to=-1))
-        self._given_away.add((pack.step, pack.lane, pack.number))
-        self._to_score[item.to].append(pack)
+        self._packs.give(group, self._waiting_as(group, replace(item, kind="score", to=-1)), item.to)
 
     def _may_score(self, group: int, pack: Pack) -> bool:
         if not self.placement.streams and not self._step(pack.step).drained:
@@ -354,14 +341,13 @@ class Schedule:
         )
 
     def _pack_scored(self, group: int, item: Item) -> None:
-        pack = self._take_out(group, item)
-        self._given_away.discard((pack.step, pack.lane, pack.number))
+        pack = self._waiting_as(group, item)
+        self._packs.take(group, pack)
         self._step(pack.step).scored.update(pack.samples)
 
-    def _take_out(self, group: int, item: Item) -> Pack:
-        for pack in self._to_score.get(group, ()):
+    def _waiting_as(self, group: int, item: Item) -> Pack:
+        for pack in self._packs.of(group):
             if self._pack_item(group, pack) == item:
-                self._to_score[group].remove(pack)
                 return pack
         raise ValueError(f"group {group} has scored {item.key}, which does not wait there")
 
@@ -384,6 +370,14 @@ class _Step:
         self.scored: set[int] = set()
         self.tokens = ChainMap(*(lane.tokens for lane in self.lanes))
         """Of each sample that has ended: prompt and response."""
+        self._shares: dict[tuple[tuple[int, ...], int], list[tuple[int, ...]]] = {}
+
+    def shares(self, samples: tuple[int, ...], hands: int) -> list[tuple[int, ...]]:
+        """Samples of a minibatch for each of some groups; each of them asks, often more than once."""
+        if (samples, hands) not in self._shares:
+            dealt = deal([self.tokens[sample] for sample in samples], hands)
+            self._shares[samples, hands] = [tuple(samples[row] for row in rows) for rows in dealt]
+        return self._shares[samples, hands]
 
     def take_over(self, lengths: Mapping[int, int]) -> None:
         """Its responses, of these lengths, are written and scored."""

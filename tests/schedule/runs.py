@@ -59,8 +59,8 @@ class Case:
             found += [order[first : first + size] for first in range(0, len(order), size)]
         return found
 
-    def schedule(self, **more) -> Schedule:
-        return Schedule(
+    def schedule(self, kind: type[Schedule] = Schedule, **more) -> Schedule:
+        return kind(
             self.placement,
             self.sizes,
             lambda step: StepInput(self.prompts(step), self.minibatches(step)),

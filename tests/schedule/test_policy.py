@@ -261,6 +261,22 @@ def test_each_leader_may_keep_a_schedule_of_its_own_and_hear_of_the_others_late(
     assert ran == who_did_what((row.group, item) for row, item in run(case).ran)
 
 
+@many
+@given(cases(), timings)
+def test_a_pack_is_given_away_by_its_owner_and_at_most_once(case, timing):
+    gifts = []
+
+    class Noted(Schedule):
+        def done(self, group, item, lengths=None):
+            super().done(group, item, lengths)
+            if item.kind == "give":
+                gifts.append((item.step, item.lane, item.number))
+                assert group == case.placement.owner_of(item.lane, item.number, case.sizes.lanes) != item.to
+
+    run(case, timing=timing, kind=Noted)
+    assert len(gifts) == len(set(gifts))
+
+
 def sizes(**changed) -> Sizes:
     return Sizes(**({"num_steps": 2, "samples": 8, "minibatch": 4, "lanes": 2, "slots": 4} | changed))
 

@@ -65,9 +65,10 @@ def checksum(data: Tensor) -> Tensor:
     flat = data.reshape(-1).view(torch.uint8)
     if flat.numel() % 8:
         flat = torch.cat((flat, flat.new_zeros(-flat.numel() % 8)))
-    odd = multipliers(0, CHUNK, 0, data.device)
+    words = flat.view(torch.int64)
+    odd = multipliers(0, min(CHUNK, len(words)), 0, data.device)
     total = torch.zeros((), dtype=torch.int64, device=data.device)
-    for part in flat.view(torch.int64).split(CHUNK):
+    for part in words.split(CHUNK):
         total = total * 0x61C8864680B583EB + (part * odd[: len(part)]).sum()
     return total
 

@@ -42,6 +42,7 @@ PURE_SCHEDULE = {
         "work",
         "placement",
         "lane",
+        "packs",
         "policy",
         "cast",
         "pace",

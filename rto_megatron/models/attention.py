@@ -1,6 +1,6 @@
 """Attention where Megatron's own asks the global parallel state, which is never set up."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.distributed.context import chunks_of, keys_of_all
+from rto_megatron.models.elementwise import rotate
 
 
 class GroupedAttention(SelfAttention):
@@ -37,6 +38,53 @@ class GroupedAttention(SelfAttention):
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
         return query, key, value
+
+
+class PlainAttention(GroupedAttention):
+    """The forward pass of the local layers: Megatron's asks for cosines and sines anew in each layer, twice."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        rotary_pos_emb: Tensor,
+        packed_seq_params: PackedSeqParams | None = None,
+        **_: Any,
+    ) -> Any:
+        """[T, B, hidden] -> [T, B, hidden], and no bias; packed, B is 1.
+
+        Args:
+            rotary_pos_emb: turns, from `with_turns`.
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_states, None)
+        query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
+        attend, project = cast(Any, self.core_attention), cast(Any, self.linear_proj)
+        return project(attend(query, key, value, attention_mask, packed_seq_params=packed_seq_params))
+
+
+def with_turns(model: Any, found: tuple, position_ids: Tensor) -> tuple:
+    """What a GPT's `_preprocess` has found, with what `rotate` takes for its rotary angles: once for all layers.
+
+    Args:
+        found: hidden states, then angles: [positions, 1, 1, d] radians, of this rank's columns, or of all where packed.
+        position_ids: [B, T]; packed [1, N].
+    """
+    hidden, angles, *rest = found
+    if not isinstance(model.decoder.layers[0].self_attention, PlainAttention):
+        return found
+    half = angles[..., : angles.shape[-1] // 2]  # the other one is the same
+    if model.config.context_parallel_size == 1:
+        half = half[position_ids[0]]
+    turns = torch.stack((half.cos(), half.sin())).to(model.config.params_dtype)
+    if half.shape[-1] < WIDE:
+        heads = model.config.num_attention_heads // model.config.tensor_model_parallel_size
+        turns = turns.expand(-1, -1, -1, heads, -1).contiguous()
+    return hidden, turns, *rest
+
+
+WIDE = 64
+"""Narrower heads are turned by a table as wide as all of them, as jumps between short rows would cost more."""
 
 
 class CausalAttention(MegatronModule):
@@ -68,14 +116,14 @@ class CausalAttention(MegatronModule):
     ) -> Tensor:
         """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]; T of this context rank's columns.
 
-        Packed, without B: each of the rows in N tokens sees itself alone; [N, heads, d], ... -> [N, heads * d].
+        Packed, B is 1 and each of the rows in T tokens sees itself alone.
         """
         group = self.context_group
         if packed_seq_params is not None:
             assert group.size() == 1, "a context rank has two chunks of every row, not of all together"
             lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            rows = zip(*(x.unsqueeze(1).split(lengths) for x in (query, key, value)), strict=True)
-            return torch.cat([self._attend(*row) for row in rows]).squeeze(1).flatten(1)
+            rows = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            return torch.cat([self._attend(*row) for row in rows]).flatten(2)
         if group.size() == 1:
             out = self._attend(query, key, value)
         else:

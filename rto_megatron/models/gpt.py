@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,7 +28,8 @@ from rto_megatron.distributed.log_probs import linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import check_fp8
 from rto_megatron.errors import ConfigError
-from rto_megatron.models.attention import CausalAttention, GroupedAttention
+from rto_megatron.models.attention import CausalAttention, GroupedAttention, PlainAttention, with_turns
+from rto_megatron.models.elementwise import rms_norm, swiglu
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.models.lora import adapt_spec, freeze_base
 from rto_megatron.models.weights import initialize
@@ -53,7 +55,7 @@ class PolicyModel(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
         """Embeddings and rotary angles of this context rank's columns of [B, T] ids and positions."""
         ids, positions = (own_columns(x, self.pg_collection.cp, dim=1) for x in (input_ids, position_ids))
-        return super()._preprocess(ids, positions, **options)
+        return with_turns(self, super()._preprocess(ids, positions, **options), positions)
 
     def _postprocess(
         self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any
@@ -222,6 +224,8 @@ def transformer_config(
         # Megatron draws from a different stream in each layout; `initialize` does not
         use_cpu_initialization=mesh.device.type == "cpu",
         bias_activation_fusion=fused,
+        # a module of the spec, whose ever it is: `SwiGLU` below
+        use_te_activation_func=not fused,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -233,6 +237,18 @@ def transformer_config(
     )
 
 
+class SwiGLU(MegatronModule):
+    """The activation of the local layers' MLP: Megatron's own adds a 0 to each number, and passes over all of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 2 * width] -> [..., width]."""
+        return swiglu(x)
+
+    def sharded_state_dict(self, *_: Any, **__: Any) -> dict[str, Any]:
+        """Nothing; Megatron's asks the global parallel state for it."""
+        return {}
+
+
 class RMSNorm(torch.nn.RMSNorm):
     """The norm of the local layer spec: Megatron 0.16's refuses sequence parallelism and ignores params_dtype."""
 
@@ -240,6 +256,13 @@ class RMSNorm(torch.nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         # read by finalize_model_grads, which sums such gradients over the tensor ranks
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> [..., hidden]."""
+        if x.dtype != torch.float32 or x.device.type != "cpu":
+            return super().forward(x)  # which has a kernel of its own, or widens what it sums
+        assert self.eps is not None
+        return rms_norm(x, self.weight, self.eps)
 
 
 def check_fp8_sizes(config: ModelConfig, num_tensor: int) -> None:
@@ -270,7 +293,8 @@ def _layer_spec(
         normalization="RMSNorm", qk_layernorm=config.qk_norm
     )  # its annotations say object
     layer, attention = spec.submodules, spec.submodules.self_attention
-    attention.module, attention.submodules.core_attention = GroupedAttention, CausalAttention
+    attention.module, attention.submodules.core_attention = PlainAttention, CausalAttention
+    layer.mlp.submodules.activation_func = SwiGLU
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.distributed.context import own_columns, whole_rows
+from rto_megatron.models.attention import with_turns
 
 
 class ScalarHead(MegatronModule):
@@ -68,7 +69,7 @@ class ScalarModel(GPTModel):
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
         """Embeddings and rotary angles of this context rank's columns of [B, T] ids and positions."""
         ids, positions = (own_columns(x, self.pg_collection.cp, dim=1) for x in (input_ids, position_ids))
-        return super()._preprocess(ids, positions, **options)
+        return with_turns(self, super()._preprocess(ids, positions, **options), positions)
 
     def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
         """Hidden states of the last stage -> [B, T] head outputs; column t is read after token t."""

@@ -73,8 +73,8 @@ def every_way(parallel):
             "scores": scores,
             "sums": [result.sums for result in results],
             "norms": [torch.tensor(result.grad_norm) for result in results],
-            "gradients": [x for task in tasks for x in weights_of(task.trainable, "main_grad").values()],
-            "weights": [x for task in tasks for x in weights_of(task.trainable, "data").values()],
+            "gradients": [x for task in tasks for x in weights_of(task.trainable, "main_grad", mesh).values()],
+            "weights": [x for task in tasks for x in weights_of(task.trainable, "data", mesh).values()],
         }
     return found, calls
 

@@ -81,5 +81,6 @@ bench-more: $(VENV)/.bench ## one setting at a time; cost against tokens, size a
 	$(PY) -m benchmarks.event_loop
 	$(PY) -m benchmarks.schedule_maps
 
-gpu-check: $(VENV)/.dev ## what needs an NVIDIA GPU; VENV may name an environment that has the gpu extra
-	$(PY) -m pytest -m gpu tests/gpu
+gpu-check: $(VENV)/.dev ## what needs an NVIDIA GPU: tests/gpu, then a step, training and decoding measured (goals in the file)
+	$(PY) -m pytest -m gpu tests/gpu -rs
+	$(PY) -m benchmarks.gpu_step

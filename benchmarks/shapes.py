@@ -17,10 +17,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "32M": {
         "num_layers": 10, "hidden_size": 512, "ffn_hidden_size": 1408, "num_attention_heads": 8, "num_query_groups": 4,
     },
+    "1B": {
+        "num_layers": 16, "hidden_size": 2048, "ffn_hidden_size": 8192, "num_attention_heads": 32,
+        "num_query_groups": 8,
+    },
 }  # fmt: skip
 """Llama-style shapes by about how many parameters their layers have."""
-VOCAB = {"1M": 512, "8M": 8192, "32M": 16384}
-"""Of the larger ones, so that the output layer is a quarter of the parameters, as it is of Llama 3.2 1B."""
+VOCAB = {"1M": 512, "8M": 8192, "32M": 16384, "1B": 32768}
+"""Of 8M and 32M, so that the output layer is a quarter of the parameters, as it is of Llama 3.2 1B; of 1B, whose layers
+are those of Llama 3.2 1B, as many as a tokenizer can be made for in seconds."""
 MAX_LENGTH = 512
 SIGMA = 0.7
 """Of log-normal response lengths: the spread that published traces of RLHF have."""
@@ -28,9 +33,9 @@ LONGEST = 2.3
 """Response lengths are cut off at this many times their mean."""
 
 
-def model_config(name: str) -> ModelConfig:
+def model_config(name: str, *, max_length: int = MAX_LENGTH) -> ModelConfig:
     """The architecture `name`, with its vocabulary."""
-    return ModelConfig(**MODELS[name], vocab_size=VOCAB[name], max_length=MAX_LENGTH)
+    return ModelConfig(**MODELS[name], vocab_size=VOCAB[name], max_length=max_length)
 
 
 def drawn_lengths(number: int, *, mean: int, seed: int) -> list[int]:

@@ -51,6 +51,8 @@ class Task:
     dpo_coef: float = 0.05
     dpo_clip: float = 0.05
     lr: float = 1e-5
+    dtype: str = "float32"
+    """Of weights and activations: `bfloat16`, ours with float32 main weights, TRL's without."""
 
     @property
     def longest(self) -> int:
@@ -133,7 +135,7 @@ def words_of(task: Task, ranks: int, more: Sequence[str] = ()) -> list[str]:
         "optimizer": adam,
         "critic_optimizer": adam,
         "rollout": {"max_prompt_tokens": PROMPT_TOKENS[1], "max_new_tokens": task.longest},
-        "compute": {"threads": CORES // ranks},
+        "compute": {"threads": CORES // ranks, "dtype": task.dtype},
         "schedule": {"lanes": ranks},
     }
     return [
@@ -231,7 +233,7 @@ def compare(task: Task, theirs: Path, out: Path) -> None:
     ]
     tokenizer = setup.actors.tokenizer
     sampled = rollout_of(batch, done, config.rollout, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    rollout, signals = judge(setup, config, sampled, step=0)
+    rollout, signals = judge(setup, config, sampled.to(setup.mesh.device), step=0)
     step = learn(setup, config, rollout, signals, step=0, kl_coef=task.kl_coef, clock=Clock())
     mask, count = rollout.response_mask, sum(lengths)
     # where their variance is divided by one less than the count: taken out here, as it is no fault of either
@@ -252,6 +254,7 @@ def compare(task: Task, theirs: Path, out: Path) -> None:
     for name, mine in ours.items():
         if name in their:
             other = their[name][theirs_mask] if their[name].dim() == 2 else their[name]
+            mine = mine.detach().cpu()
             apart[name] = float((mine - other).abs().max() / other.abs().max())
     out.write_text(json.dumps(apart))
 

@@ -29,16 +29,18 @@ NUM_ROWS, ROW_TOKENS, RESPONSE_TOKENS = 32, 128, 64
 SQUARES = (512, 768, 1024, 1536)
 
 
-def flops(config: ModelConfig, kind: Any) -> float:
-    """Of a forward pass over all rows."""
+def flops(
+    config: ModelConfig, kind: Any, rows: int = NUM_ROWS, length: int = ROW_TOKENS, response: int = RESPONSE_TOKENS
+) -> float:
+    """Of a forward pass over rows of `length` tokens, `response` of them response."""
     from rto_megatron.models.counts import num_parameters
 
     embedding = config.padded_vocab_size * config.hidden_size
     layers = num_parameters(config, "value") - embedding
-    tokens = NUM_ROWS * ROW_TOKENS
+    tokens = rows * length
     heads = config.num_attention_heads * config.kv_channels
-    attention = 2 * config.num_layers * heads * ROW_TOKENS * tokens  # two products, half of them masked
-    head = 2 * embedding * NUM_ROWS * RESPONSE_TOKENS if kind == "policy" else 0
+    attention = 2 * config.num_layers * heads * length * tokens  # two products, half of them masked
+    head = 2 * embedding * rows * response if kind == "policy" else 0
     return 2 * layers * tokens + attention + head
 
 

@@ -18,7 +18,7 @@ class LengthController:
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         """[B, width so far] -> [B] bool: rows that have ended."""
-        return self._ends <= input_ids.shape[1]
+        return self._ends.to(input_ids.device) <= input_ids.shape[1]
 
 
 def ban(model: Any, ids: Sequence[int]) -> None:
@@ -26,7 +26,7 @@ def ban(model: Any, ids: Sequence[int]) -> None:
     old = model.get_output_embeddings()
     new = torch.nn.Linear(old.in_features, old.out_features, bias=True)
     new.weight = old.weight
-    bias = torch.zeros(old.out_features)
+    bias = torch.zeros(old.out_features, dtype=old.weight.dtype)
     bias[list(ids)] = -1e9
     new.bias = torch.nn.Parameter(bias, requires_grad=False)
     model.set_output_embeddings(new)
@@ -40,16 +40,16 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, 
     return ids, mask
 
 
-def scalar_model(folder: Any, *, mean: float = 0.0, std: float = 1.0) -> Any:
+def scalar_model(folder: Any, *, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype = torch.float32) -> Any:
     """A value model that `convert` wrote, its outputs shifted and scaled: our heads have a bias, theirs has none."""
     import json
     from pathlib import Path
 
     from transformers import AutoModelForSequenceClassification
 
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
     bias = json.loads((Path(folder) / "config.json").read_text())["score_bias"]
-    head = torch.nn.Linear(model.score.in_features, 1, bias=True)
+    head = torch.nn.Linear(model.score.in_features, 1, bias=True, dtype=dtype)
     with torch.no_grad():
         head.weight.copy_(model.score.weight / std)
         head.bias.fill_((bias - mean) / std)

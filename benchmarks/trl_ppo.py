@@ -53,13 +53,13 @@ def be_trl(task: Task, out: Path, rows: Sequence[int], numbers: Path | None) -> 
     from benchmarks.transformers_side import LengthController, ban, left_padded, scalar_model
 
     imported = resident_bytes()
-    folder = Path(task.folder) / "hf"
+    folder, dtype = Path(task.folder) / "hf", getattr(torch, task.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder / "sft", padding_side="left")
     pad, never = tokenizer.pad_token_id, (tokenizer.pad_token_id, tokenizer.eos_token_id)
     about = json.loads((folder / "reward" / "config.json").read_text())
 
     def policy(name: str) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=dtype)
         ban(model, never)
         model.generation_config.pad_token_id = pad
         return model
@@ -103,7 +103,7 @@ def be_trl(task: Task, out: Path, rows: Sequence[int], numbers: Path | None) -> 
         num_sample_generations=0,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
         save_strategy="no",
@@ -122,8 +122,8 @@ def be_trl(task: Task, out: Path, rows: Sequence[int], numbers: Path | None) -> 
         processing_class=tokenizer,
         model=actor,
         ref_model=reference,
-        reward_model=scalar_model(folder / "reward", mean=about["score_mean"], std=about["score_std"]),
-        value_model=scalar_model(folder / "reward"),
+        reward_model=scalar_model(folder / "reward", mean=about["score_mean"], std=about["score_std"], dtype=dtype),
+        value_model=scalar_model(folder / "reward", dtype=dtype),
         train_dataset=Dataset.from_dict({"input_ids": task.prompts}),
         data_collator=lambda some: {"input_ids": left_padded([row["input_ids"] for row in some], pad)[0]},
         callbacks=[Watch()],
@@ -183,11 +183,11 @@ def tell(kept: dict[str, Any], norms: list[float], task: Task, pad: int, path: P
     }
     if task.algorithm == "ppo":  # in RTO's place DPO's reward is part of it
         names["reference log-probs"] = "ref_logprobs"
-    found = {name: kept[theirs].float().contiguous().clone() for name, theirs in names.items()}
-    queries = kept["queries"]
+    found = {name: kept[theirs].float().cpu().contiguous().clone() for name, theirs in names.items()}
+    queries = kept["queries"].cpu()
     found |= {
-        "tokens": kept["responses"].contiguous().clone(),
-        "lengths": kept["sequence_lengths"] + 1,
+        "tokens": kept["responses"].cpu().contiguous().clone(),
+        "lengths": kept["sequence_lengths"].cpu() + 1,
         "prompts": queries.contiguous().clone(),
         "prompt_lengths": prompt_lengths(queries, pad),
         "policy's first gradient norm": torch.tensor(norms[0]),

@@ -153,6 +153,9 @@ class RolloutConfig:
     """What becomes of the last token of a truncated response: stays, or is replaced by EOS as in the paper's code."""
     max_slots: int = 32
     """Sequences that decode together on one data-parallel replica."""
+    prefill_chunk_tokens: int | None = None
+    """Prompt tokens of one forward pass at most, which bounds the memory of its activations: a longer prompt is read in
+    parts, several short ones share a pass; null reads all that begin together in one pass."""
     reuse_log_probs: bool = False
     """Take decoding's log-probs as pi_old (training only): the policy then scores `check_rows` responses a step, not
     all. Decoding rounds otherwise than the training forward, so PPO's first ratio is 1 up to that rounding."""
@@ -168,6 +171,11 @@ class RolloutConfig:
         for name in ("max_prompt_tokens", "max_new_tokens", "max_slots", "check_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be 1 or more, got {getattr(self, name)}")
+        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
+            raise ValueError(
+                f"rollout.prefill_chunk_tokens must be 1 or more or null, got {self.prefill_chunk_tokens}; null sets "
+                "no limit"
+            )
         if self.temperature < 0:
             raise ValueError(f"rollout.temperature must be 0 or more, got {self.temperature}")
         if self.top_k < 0:

@@ -74,14 +74,24 @@ class _Sequence:
 class RolloutEngine:
     """Generates with the trainer's own modules: no second copy of the weights, nothing to synchronise."""
 
-    def __init__(self, model: PolicyModel, *, max_slots: int, max_length: int, eos_ids: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: PolicyModel,
+        *,
+        max_slots: int,
+        max_length: int,
+        eos_ids: tuple[int, ...],
+        prefill_chunk_tokens: int | None = None,
+    ) -> None:
         """Take `model`, unwrapped; nothing is allocated before `generate`.
 
         Args:
             max_slots: sequences that decode together.
             max_length: tokens of prompt and response together.
             eos_ids: end a response, and belong to it.
+            prefill_chunk_tokens: of prompts in one forward pass at most; None reads all that are admitted in one.
         """
+        self._prefill_chunk = prefill_chunk_tokens
         last = model_chunks(model)[-1]
         self._model, self._max_slots, self._max_length = last, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
@@ -156,6 +166,22 @@ class RolloutEngine:
         return new
 
 
+def cut_prompts(lengths: Sequence[int], chunk: int | None) -> list[list[tuple[int, range]]]:
+    """Passes of at most `chunk` tokens over prompts of these lengths, in order: (prompt, which of its tokens)."""
+    passes: list[list[tuple[int, range]]] = [[]]
+    room = chunk or sum(lengths)
+    for number, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            if room == 0:
+                passes.append([])
+                room = chunk or length
+            stop = min(length, start + room)
+            passes[-1].append((number, range(start, stop)))
+            room, start = room - (stop - start), stop
+    return passes
+
+
 class DecodeBatch:
     """Responses that are written together, in the slots of one cache.
 
@@ -192,22 +218,32 @@ class DecodeBatch:
         self.num_steps += 1
         self.num_tokens += len(lengths)
         self.num_attended += sum(lengths) + len(lengths)
-        self._step(self._live, [sequence.tokens[-1] for sequence in self._live], slice(None))
+        self._append(self._live, self._run([sequence.tokens[-1] for sequence in self._live]))
         return self._retire()
 
     def _prefill(self, new: list[_Sequence], *, first_slot: int) -> None:
-        lengths = [len(sequence.request.prompt) for sequence in new]
-        self._cache.plan_prefill(lengths, first_slot=first_slot)
-        ends = torch.tensor(list(accumulate(lengths)), device=self._engine._device) - 1
-        self._step(new, [token for sequence in new for token in sequence.request.prompt], ends)
+        """Read the prompts, pass by pass; each one's first token is drawn from the hidden state of its last."""
+        prompts, last = [sequence.request.prompt for sequence in new], []
+        for parts in cut_prompts([len(prompt) for prompt in prompts], self._engine._prefill_chunk):
+            lengths = [part.stop - part.start for _, part in parts]
+            starts = [part.start for _, part in parts]
+            self._cache.plan_prefill(lengths, first_slot=first_slot + parts[0][0], starts=starts)
+            hidden = self._run([token for number, part in parts for token in prompts[number][part.start : part.stop]])
+            ends = zip(parts, accumulate(lengths), strict=True)
+            rows = [end - 1 for (number, part), end in ends if part.stop == len(prompts[number])]
+            if hidden is not None:
+                last.append(hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)])
+        self._append(new, torch.cat(last) if last else None)
 
-    def _step(self, sequences: list[_Sequence], ids: list[int], ends: Tensor | slice) -> None:
-        """One pass over packed rows; each sequence's token is drawn at its row of `ends` and appended to it."""
-        engine = self._engine
-        hidden = engine._forward.run(torch.tensor(ids, device=engine._device), self._cache)
-        drawn = None
+    def _run(self, ids: list[int]) -> Tensor | None:
+        """One pass over the rows that the cache was told of; hidden states on the last stage."""
+        return self._engine._forward.run(torch.tensor(ids, device=self._engine._device), self._cache)
+
+    def _append(self, sequences: list[_Sequence], hidden: Tensor | None) -> None:
+        """Draw each sequence's token from its row of `hidden`, which the last stage has."""
+        engine, drawn = self._engine, None
         if hidden is not None:
-            drawn = self._draw(hidden[ends], self._rows(sequences))
+            drawn = self._draw(hidden, self._rows(sequences))
         drawn = share_from_last_stage(
             drawn, engine._pipeline, shape=(2, len(sequences)), dtype=torch.float64, device=engine._device
         )

@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring prompts of one length, which attend as one batch."""
+    """Neighbouring prompts, or parts of them, of one length and begin, which attend as one batch."""
 
     first_row: int
     first_slot: int
     num_prompts: int
+    start: int
     length: int
 
 
@@ -53,17 +54,22 @@ class KVCache:
         self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
         self._runs: list[_Run] = []
 
-    def plan_prefill(self, lengths: Sequence[int], *, first_slot: int) -> None:
-        """Say that the rows are whole prompts of these lengths, packed, of the slots from `first_slot` on.
+    def plan_prefill(self, lengths: Sequence[int], *, first_slot: int, starts: Sequence[int] | None = None) -> None:
+        """Say that the rows are prompts of these lengths, packed, of the slots from `first_slot` on.
 
         Prompts of equal length side by side attend as one batch.
+
+        Args:
+            starts: of parts of prompts, where each begins: its slot holds so many tokens already; None for whole ones.
         """
         self._runs, row, slot = [], 0, first_slot
-        for length, group in groupby(lengths):
+        parts = list(zip(starts or [0] * len(lengths), lengths, strict=True))
+        for (start, length), group in groupby(parts):
             num_prompts = len(list(group))
-            self._runs.append(_Run(row, slot, num_prompts, length))
+            self._runs.append(_Run(row, slot, num_prompts, start, length))
             row, slot = row + num_prompts * length, slot + num_prompts
-        self._rotate_to(torch.cat([torch.arange(length) for length in lengths]).to(self._cos.device))
+        positions = [torch.arange(start, start + length) for start, length in parts]
+        self._rotate_to(torch.cat(positions).to(self._cos.device))
 
     def plan_decode(self, lengths: Sequence[int]) -> None:
         """Say that row i is the next token of slot i, which holds `lengths[i]` tokens so far."""
@@ -117,9 +123,15 @@ class KVCache:
                 x[rows].unflatten(0, (run.num_prompts, run.length)).transpose(1, 2)
                 for x in (query.flatten(1, 2), key, value)
             )
-            keys[slots, :, : run.length] = k
-            values[slots, :, : run.length] = v
-            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=query.shape[2] > 1)
+            end, seen = run.start + run.length, None
+            keys[slots, :, run.start : end] = k
+            values[slots, :, run.start : end] = v
+            if run.start:  # torch counts from the first token of both
+                k, v = keys[slots, :, :end], values[slots, :, :end]
+                seen = torch.ones(run.length, end, dtype=torch.bool, device=q.device).tril(run.start)
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=query.shape[2] > 1
+            )
             out.append(o.transpose(1, 2).reshape(-1, query.shape[1:].numel()))
         return torch.cat(out) if len(out) > 1 else out[0]
 

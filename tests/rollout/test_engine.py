@@ -5,6 +5,7 @@ import zlib
 import pytest
 import torch
 
+from rto_megatron.config.algorithm import RolloutConfig
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.mesh import build_mesh
@@ -13,7 +14,7 @@ from rto_megatron.distributed.shards import shards
 from rto_megatron.errors import DataError
 from rto_megatron.models.gpt import build_model
 from rto_megatron.models.hf_weights import load_hf
-from rto_megatron.rollout.engine import Request, RolloutEngine
+from rto_megatron.rollout.engine import Request, RolloutEngine, cut_prompts
 from tests.ranks import run_ranks
 
 VOCAB = 200
@@ -40,16 +41,24 @@ def mixed_requests():
         yield Request(uid=uid, prompt=prompt, max_new_tokens=window, seed=77 + uid, **ways[uid % 6])
 
 
-WAYS = {"all at once": (18, 1), "one by one": (1, 1), "three slots": (3, 1), "five slots, backwards": (5, -1)}
-"""(slots, order of the requests)"""
+WAYS = {
+    "all at once": (18, 1, None),
+    "one by one": (1, 1, None),
+    "three slots": (3, 1, None),
+    "five slots, backwards": (5, -1, None),
+    "prompts by one token": (5, 1, 1),
+    "prompts by seven tokens": (5, -1, 7),
+    "prompts by fifty tokens": (18, 1, 50),
+}
+"""(slots, order of the requests, prompt tokens of a pass)"""
 
 
 def write_mixed(parallel, ways):
     model, _ = make_model(parallel, banned_ids=(PAD,))
     requests, done = list(mixed_requests()), {}
     for way in ways:
-        slots, order = WAYS[way]
-        engine = RolloutEngine(model, max_slots=slots, max_length=64, eos_ids=EOS)
+        slots, order, chunk = WAYS[way]
+        engine = RolloutEngine(model, max_slots=slots, max_length=64, eos_ids=EOS, prefill_chunk_tokens=chunk)
         done[way] = list(engine.generate(requests[::order]))
     return done
 
@@ -66,7 +75,18 @@ def assert_same_responses(got, want):
         assert g.log_probs == pytest.approx(w.log_probs, abs=2e-5)
 
 
-def test_a_response_does_not_depend_on_slots_order_or_batch_mates(one_process):
+def test_a_pass_over_prompts_has_a_token_at_least():
+    with pytest.raises(ValueError, match=r"rollout\.prefill_chunk_tokens must be 1 or more or null, got 0"):
+        RolloutConfig(prefill_chunk_tokens=0)
+
+
+def test_prompts_are_cut_into_passes_of_so_many_tokens():
+    assert cut_prompts([3, 5, 2], 4) == [[(0, range(0, 3)), (1, range(0, 1))], [(1, range(1, 5))], [(2, range(0, 2))]]
+    assert cut_prompts([3, 5], None) == [[(0, range(0, 3)), (1, range(0, 5))]]
+    assert cut_prompts([6], 2) == [[(0, range(0, 2))], [(0, range(2, 4))], [(0, range(4, 6))]]
+
+
+def test_a_response_does_not_depend_on_slots_order_batch_mates_or_passes_over_prompts(one_process):
     for completions in one_process.values():
         assert_same_responses(completions, one_process["all at once"])
 
@@ -83,7 +103,7 @@ def test_a_response_does_not_depend_on_slots_order_or_batch_mates(one_process):
 )
 def test_a_response_does_not_depend_on_the_layout(one_process, parallel):
     world = parallel.get("tensor", 1) * parallel.get("pipeline", 1)
-    ranks = run_ranks(write_mixed, world, parallel, ("all at once", "five slots, backwards"))
+    ranks = run_ranks(write_mixed, world, parallel, ("all at once", "five slots, backwards", "prompts by seven tokens"))
     assert all(rank == ranks[0] for rank in ranks)  # in the same order too: streaming must not tear ranks apart
     for way, completions in ranks[0].items():
         assert_same_responses(completions, one_process[way])

@@ -65,6 +65,20 @@ def test_prefill_then_decode_equals_full_attention():
         torch.testing.assert_close(out, torch.stack([want[s][n + step] for s, n in enumerate(lengths)]))
 
 
+def test_parts_of_prompts_attend_to_what_their_slots_hold():
+    lengths, sequences, cache = [7, 4, 7], [random_sequence(9, seed) for seed in range(3)], make_cache()
+    want = [full_attention(*s) for s in sequences]
+    prefill(cache, sequences[:1], [3])
+    for first, starts, ends in ((0, [3, 0], [5, 2]), (1, [2, 0], [4, 2]), (0, [5], [7]), (2, [2], [7])):
+        mine = sequences[first : first + len(starts)]
+        cache.plan_prefill([b - a for a, b in zip(starts, ends, strict=True)], first_slot=first, starts=starts)
+        out = attend(cache, 0, *packed(mine, starts, ends))
+        parts = zip(want[first:], starts, ends, strict=False)
+        torch.testing.assert_close(out, torch.cat([w[a:b] for w, a, b in parts]))
+    out = decode(cache, sequences, lengths)
+    torch.testing.assert_close(out, torch.stack([want[s][n] for s, n in enumerate(lengths)]))
+
+
 def test_layers_do_not_share_their_cache():
     a, b = random_sequence(4, 0), random_sequence(4, 1)
     cache = make_cache()

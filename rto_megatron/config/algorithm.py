@@ -156,6 +156,9 @@ class RolloutConfig:
     prefill_chunk_tokens: int | None = None
     """Prompt tokens of one forward pass at most, which bounds the memory of its activations: a longer prompt is read in
     parts, several short ones share a pass; null reads all that begin together in one pass."""
+    cuda_graphs: bool = False
+    """Decode by steps of few sizes, each recorded once a batch and launched as one; needs parallel.pipeline 1 where
+    responses are written. On a CPU the same steps run without a recording, and padded rows cost time."""
     reuse_log_probs: bool = False
     """Take decoding's log-probs as pi_old (training only): the policy then scores `check_rows` responses a step, not
     all. Decoding rounds otherwise than the training forward, so PPO's first ratio is 1 up to that rounding."""

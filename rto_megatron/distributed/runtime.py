@@ -11,7 +11,7 @@ import re
 import resource
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -238,6 +238,31 @@ class HostCopies:
         """What is launched from here on runs after all copies that were begun."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+
+class Recording:
+    """A function of tensors that stay where they are, recorded as a CUDA graph; on a CPU it is called again instead."""
+
+    def __init__(self, function: Callable[[], Tensor], device: torch.device) -> None:
+        """Run it, and record it."""
+        self._function, self._graph = function, None
+        if device.type == "cuda":
+            side: Any = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # what libraries set up on a first call is no part of the recording
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = function()
+
+    def again(self) -> Tensor:
+        """What it gives with what its tensors hold now; overwritten by the next call."""
+        if self._graph is None:
+            return self._function()
+        self._graph.replay()
+        return self._output
 
 
 def peak_bytes() -> int:

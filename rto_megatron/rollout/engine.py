@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.replica import agree_over_context, share_from_last_stage
-from rto_megatron.errors import DataError
+from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.forward import ForwardPass
+from rto_megatron.rollout.recorded import RecordedSteps
 from rto_megatron.rollout.sampling import Rows, sample
 
 PREFILL_TOKENS = 8192
@@ -82,6 +83,7 @@ class RolloutEngine:
         max_length: int,
         eos_ids: tuple[int, ...],
         prefill_chunk_tokens: int | None = None,
+        recorded: bool = False,
     ) -> None:
         """Take `model`, unwrapped; nothing is allocated before `generate`.
 
@@ -90,8 +92,18 @@ class RolloutEngine:
             max_length: tokens of prompt and response together.
             eos_ids: end a response, and belong to it.
             prefill_chunk_tokens: of prompts in one forward pass at most; None reads all that are admitted in one.
+            recorded: decode by steps of few sizes, which a GPU records: see `RecordedSteps`.
+
+        Raises:
+            ConfigError: steps are to be recorded, and stages hand hidden states to each other in them.
         """
-        self._prefill_chunk = prefill_chunk_tokens
+        if recorded and model.pg_collection.pp.size() > 1:
+            raise ConfigError(
+                f"rollout.cuda_graphs needs parallel.pipeline 1 where responses are written, got "
+                f"{model.pg_collection.pp.size()}; set it to false, or give rollouts a layout of their own "
+                "(schedule.rollout)"
+            )
+        self._prefill_chunk, self._recorded = prefill_chunk_tokens, recorded
         last = model_chunks(model)[-1]
         self._model, self._max_slots, self._max_length = last, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
@@ -193,6 +205,9 @@ class DecodeBatch:
         """No sequence is live."""
         self._engine, self._max_length = engine, max_length
         self._cache = engine._forward.allocate(num_slots=num_slots, max_length=max_length)
+        self._steps = None
+        if engine._recorded:
+            self._steps = RecordedSteps(engine._forward, self._cache, num_slots=num_slots, max_length=max_length)
         self._live: list[_Sequence] = []
         self.num_steps = self.num_tokens = self.num_attended = 0
         """Decode steps so far, tokens drawn in them, and tokens attended to for these."""
@@ -214,11 +229,16 @@ class DecodeBatch:
     def decode(self) -> list[Completion]:
         """Draw a token for each live response; those that ended with it."""
         lengths = [sequence.num_cached for sequence in self._live]
-        self._cache.plan_decode(lengths)
         self.num_steps += 1
         self.num_tokens += len(lengths)
         self.num_attended += sum(lengths) + len(lengths)
-        self._append(self._live, self._run([sequence.tokens[-1] for sequence in self._live]))
+        ids = [sequence.tokens[-1] for sequence in self._live]
+        if self._steps is None:
+            self._cache.plan_decode(lengths)
+            hidden = self._run(ids)
+        else:
+            hidden = self._steps.run(ids, lengths, self._engine._device)
+        self._append(self._live, hidden)
         return self._retire()
 
     def _prefill(self, new: list[_Sequence], *, first_slot: int) -> None:

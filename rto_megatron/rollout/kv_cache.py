@@ -71,16 +71,31 @@ class KVCache:
         positions = [torch.arange(start, start + length) for start, length in parts]
         self._rotate_to(torch.cat(positions).to(self._cos.device))
 
-    def plan_decode(self, lengths: Sequence[int]) -> None:
-        """Say that row i is the next token of slot i, which holds `lengths[i]` tokens so far."""
+    def plan_decode(self, lengths: Sequence[int], *, num_rows: int = 0, width: int = 0) -> None:
+        """Say that row i is the next token of slot i, which holds `lengths[i]` tokens so far.
+
+        Args:
+            num_rows: at least as many rows; those that are added write and read the first place of slots that are free.
+            width: at least as many places of the slots are read.
+        """
         self._runs = []
+        lengths = [*lengths, *[0] * (num_rows - len(lengths))]
         self._positions = torch.tensor(lengths, device=self._cos.device)
         self._slots = torch.arange(len(lengths), device=self._cos.device)
-        self._longest = max(lengths) + 1
+        self._longest = max(width, max(lengths) + 1)
         hidden = torch.arange(self._longest, device=self._cos.device) > self._positions[:, None]
         self._bias = torch.zeros(hidden.shape, dtype=self._cos.dtype, device=hidden.device)
         self._bias = self._bias.masked_fill_(hidden, -torch.inf)[:, None, None]
         self._rotate_to(self._positions)
+
+    @property
+    def decode_plan(self) -> tuple[Tensor, ...]:
+        """All tensors that `plan_decode` has made, for a pass that is recorded."""
+        return self._positions, self._slots, self._bias, self._row_cos, self._row_sin
+
+    @decode_plan.setter
+    def decode_plan(self, plan: tuple[Tensor, ...]) -> None:
+        self._positions, self._slots, self._bias, self._row_cos, self._row_sin = plan
 
     def _rotate_to(self, positions: Tensor) -> None:
         self._row_cos, self._row_sin = self._cos[positions], self._sin[positions]

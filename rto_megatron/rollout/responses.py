@@ -42,6 +42,7 @@ def make_engine(model: PolicyModel, config: RolloutConfig, *, eos_id: int) -> Ro
         max_length=config.max_prompt_tokens + config.max_new_tokens,
         eos_ids=(eos_id,),
         prefill_chunk_tokens=config.prefill_chunk_tokens,
+        recorded=config.cuda_graphs,
     )
 
 

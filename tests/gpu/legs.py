@@ -4,6 +4,7 @@ A leg runs in ranks of its own (`tests.ranks`): on GPUs where there are any, and
 Transformer Engine, on the same machine. All of it comes back as CPU tensors.
 """
 
+import functools
 import os
 import sys
 from typing import Any
@@ -43,13 +44,23 @@ def batch_on(device):
     ).to(device)
 
 
+def policy_loss(output, rows, *, count):
+    """Smooth: where PPO clips, the last bit of a log-prob may decide whether a token has a gradient."""
+    value = -(output[..., 0] * rows.advantages).where(rows.response_mask, 0.0).sum() / count
+    return value, value.detach()[None]
+
+
+def value_loss(output, rows, *, count):
+    value = (output - rows.returns).square().where(rows.response_mask, 0.0).sum() / count
+    return value, value.detach()[None]
+
+
 def train(parallel=None, compute=None, optimizer=None, *, packed=True, local=False, steps=2, model=None):
     """Scores, then optimizer steps of policy and critic, then scores again.
 
     Returns:
         name -> tensor: `scores` before, `after`, `sums` and `norms` of each step, and of policy and critic.
     """
-    from rto_megatron.config.algorithm import PPOConfig
     from rto_megatron.config.model import ModelConfig
     from rto_megatron.config.optimizer import OptimizerConfig
     from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
@@ -60,7 +71,6 @@ def train(parallel=None, compute=None, optimizer=None, *, packed=True, local=Fal
     from rto_megatron.distributed.runtime import start_runtime
     from rto_megatron.distributed.step import head_outputs, score, token_log_probs, train_step
     from rto_megatron.models.gpt import build_model
-    from rto_megatron.stages.update import make_policy_loss, make_value_loss
 
     layout, arithmetic = ParallelConfig(**parallel or {}), ComputeConfig(**compute or {})
     runtime = start_runtime(threads=1, deterministic=arithmetic.deterministic)
@@ -70,8 +80,8 @@ def train(parallel=None, compute=None, optimizer=None, *, packed=True, local=Fal
     cut, count = Cut(rows=2, packed=packed), int(whole.response_mask.sum())
     config, found = ModelConfig(**(SHAPE | (model or {}))), {}
     for kind, forward, loss, num_sums in (
-        ("policy", token_log_probs, make_policy_loss(PPOConfig(loss_mean="token"), count), 6),
-        ("value", head_outputs, make_value_loss(PPOConfig(loss_mean="token"), count), 3),
+        ("policy", token_log_probs, functools.partial(policy_loss, count=count), 1),
+        ("value", head_outputs, functools.partial(value_loss, count=count), 1),
     ):
         built = build_model(config, mesh, kind=kind, parallel=layout, compute=arithmetic, seed=3, local=local)
         trainable = make_trainable(kind, built, OptimizerConfig(**optimizer or {}), mesh)
@@ -104,7 +114,7 @@ def _on_cpu(x, mask):
     return (x[mask] if x.dim() > 1 and x.shape[:2] == mask.shape else x).cpu()
 
 
-def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24):
+def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24, recorded=False):
     """Responses and their log-probs, and what the training forward says of the same tokens."""
     from rto_megatron.batch import SFTBatch
     from rto_megatron.config.model import ModelConfig
@@ -125,7 +135,7 @@ def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24):
         Request(uid=i, prompt=tuple(p), max_new_tokens=new_tokens, seed=i, temperature=temperature)
         for i, p in enumerate(prompts)
     ]
-    engine = RolloutEngine(model, max_slots=4, max_length=64, eos_ids=())
+    engine = RolloutEngine(model, max_slots=4, max_length=64, eos_ids=(), recorded=recorded)
     done = sorted(engine.generate(requests), key=lambda completion: completion.uid)
     rows = [p + completion.tokens for p, completion in zip(prompts, done, strict=True)]
     width = max(map(len, rows))

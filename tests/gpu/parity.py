@@ -8,11 +8,11 @@ from tests.gpu.device import TIMEOUT
 from tests.gpu.legs import hidden, train
 from tests.ranks import run_ranks
 
-EXACT = {"log_prob": 1e-4, "mean": 1e-5, "norm": 1e-4}
+EXACT = {"most": 1e-4, "mean": 1e-5, "change": 1e-3, "norm": 1e-4}
 """float32 on two devices: the same sums in another order."""
-BFLOAT16 = {"log_prob": 0.25, "mean": 0.03, "norm": 0.05}
+BFLOAT16 = {"most": 0.3, "mean": 0.04, "change": 0.05, "norm": 0.05}
 """bfloat16 against float32: 8 bits of a number are kept through four layers."""
-FP8 = {"log_prob": 1.0, "mean": 0.12, "norm": 0.15}
+FP8 = {"most": 1.5, "mean": 0.2, "change": 0.2, "norm": 0.15}
 """8 bits against float32: 3 or 2 bits of a number's fraction are kept in each product."""
 
 
@@ -36,13 +36,19 @@ def _train(args, named):
     return train(*args, **named)
 
 
-def assert_close(found, expected, *, log_prob, mean, norm):
-    """Log-probs, entropies and values each and on average, in nats and units; gradient norms relative."""
+def assert_close(found, expected, *, most, mean, change, norm):
+    """Log-probs, entropies and values each and on average, in nats and units; relative, how they changed and norms.
+
+    Not each of the changes: Adam's first step is as large where a gradient is rounding noise as where it is not.
+    """
     for kind in ("policy", "value"):
-        for when in ("scores", "after"):
-            apart = (found[f"{kind} {when}"].float() - expected[f"{kind} {when}"].float()).abs()
-            assert apart.max() <= log_prob, f"{kind} {when}: {apart.max()} at most"
-            assert apart.mean() <= mean, f"{kind} {when}: {apart.mean()} on average"
+        before, other = found[f"{kind} scores"], expected[f"{kind} scores"]
+        apart = (before - other).abs()
+        assert apart.max() <= most, f"{kind} scores: {apart.max()} at most"
+        assert apart.mean() <= mean, f"{kind} scores: {apart.mean()} on average"
+        learned, expects = found[f"{kind} after"] - before, expected[f"{kind} after"] - other
+        share = (learned - expects).abs().mean() / expects.abs().mean()
+        assert share <= change, f"{kind}: what was learned is {share} off"
         relative = (found[f"{kind} norms"] / expected[f"{kind} norms"] - 1).abs().max()
         assert relative <= norm, f"{kind} gradient norms {found[f'{kind} norms']}, not {expected[f'{kind} norms']}"
 

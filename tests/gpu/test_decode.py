@@ -36,3 +36,14 @@ def test_in_bfloat16_decoding_and_the_training_forward_agree(num, words):
 
 def _write_bfloat16(words):
     return write(words, {"dtype": "bfloat16"}, temperature=1.0)
+
+
+@pytest.mark.parametrize(("num", "words"), LAYOUTS[:2])
+def test_recorded_steps_write_the_same_tokens_in_float32(num, words, on_cpu):
+    for found in run_ranks(_write_recorded, num, words, timeout=TIMEOUT):
+        assert torch.equal(found["tokens"], on_cpu["tokens"])
+        torch.testing.assert_close(found["decode"], on_cpu["decode"], rtol=0, atol=1e-4)
+
+
+def _write_recorded(words):
+    return write(words, recorded=True)

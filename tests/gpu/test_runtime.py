@@ -5,7 +5,7 @@ import torch
 
 from rto_megatron.distributed import cpu
 from rto_megatron.distributed.collectives import barrier, gather_objects
-from rto_megatron.distributed.runtime import start_runtime
+from rto_megatron.distributed.runtime import Recording, start_runtime
 from tests.distributed.tiny import tiny_trainer
 from tests.gpu.device import TIMEOUT, needs
 from tests.ranks import run_ranks
@@ -31,3 +31,15 @@ def test_megatron_runs_unpatched_and_trains_as_on_cpu():
     assert result["where"] == ("cuda", "nccl", False)
     assert result["objects"] == ["here"]
     assert result["losses"] == pytest.approx(LOSSES_ON_CPU, abs=1e-4)
+
+
+def record():
+    device = start_runtime(threads=1).device
+    held = torch.tensor([1.0, 2.0], device=device)
+    recording = Recording(lambda: held * 2, device)
+    held.copy_(torch.tensor([3.0, 4.0]))
+    return recording.again().tolist()
+
+
+def test_a_recorded_graph_reads_its_tensors_anew():
+    assert run_ranks(record, 1, timeout=TIMEOUT) == [[6.0, 8.0]]

@@ -1,0 +1,58 @@
+"""Decode steps of few sizes, each recorded once and launched as a whole: a step's time is else that of its launches."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rto_megatron.distributed.runtime import Recording
+from rto_megatron.rollout.forward import ForwardPass
+from rto_megatron.rollout.kv_cache import KVCache
+
+WIDTH = 256
+"""Places of a slot that a step reads are a multiple of this, or all."""
+
+
+class RecordedSteps:
+    """The passes of one decode batch over its cache, on one pipeline stage.
+
+    Rows are padded to a power of two and the places that are read to a multiple of WIDTH, so that a long batch has few
+    recordings. A recording reads and writes the tensors that it was made with; what a step is about is copied into
+    them.
+    """
+
+    def __init__(self, forward: ForwardPass, cache: KVCache, *, num_slots: int, max_length: int) -> None:
+        """Nothing is recorded."""
+        self._forward, self._cache = forward, cache
+        self._num_slots, self._max_length = num_slots, max_length
+        self._made: dict[tuple[int, int], tuple[Recording, tuple[Tensor, ...]]] = {}
+
+    @property
+    def num_recordings(self) -> int:
+        """So far."""
+        return len(self._made)
+
+    def run(self, ids: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+        """Pass the next token of each slot, which holds `lengths` tokens; [slots, H] normed hidden states."""
+        size = self._size(len(ids), max(lengths) + 1)
+        self._cache.plan_decode(lengths, num_rows=size[0], width=size[1])
+        tokens = torch.tensor([*ids, *[0] * (size[0] - len(ids))], device=device)
+        now = tokens, *self._cache.decode_plan
+        if size not in self._made:
+            own = tuple(tensor.clone() for tensor in now)
+            self._made[size] = Recording(lambda: self._pass(own), device), own
+        recording, own = self._made[size]
+        for held, new in zip(own, now, strict=True):
+            held.copy_(new)
+        return recording.again()[: len(ids)]
+
+    def _pass(self, held: tuple[Tensor, ...]) -> Tensor:
+        tokens, *plan = held
+        self._cache.decode_plan = tuple(plan)
+        hidden = self._forward.run(tokens, self._cache)
+        assert hidden is not None, "one stage is the last"
+        return hidden
+
+    def _size(self, num_rows: int, width: int) -> tuple[int, int]:
+        rows = min(1 << (num_rows - 1).bit_length(), self._num_slots)
+        return rows, min(-(-width // WIDTH) * WIDTH, self._max_length)

@@ -48,8 +48,6 @@ GRACE_SECONDS = 3.0
 """How long the others may go on once one rank has failed: mostly they wait for it in a collective."""
 
 _context = multiprocessing.get_context("forkserver")
-# where there are GPUs, what is loaded once may begin to use them, and a forked process cannot go on with that
-_context.set_forkserver_preload([] if torch.cuda.is_available() else list(PRELOAD))
 
 
 class RanksFailed(AssertionError):
@@ -68,6 +66,9 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
     Raises:
         RanksFailed: with the last lines of each rank's stdout and stderr.
     """
+    # where there are GPUs, what is loaded once may begin to use them, and a forked process cannot go on with that.
+    # Asked here and not on import, which ranks do too: who has asked can hide the GPUs from itself no more
+    _context.set_forkserver_preload([] if torch.cuda.is_available() else list(PRELOAD))
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         # The parent keeps the store: no port is chosen before it is bound, so runs side by side cannot collide.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

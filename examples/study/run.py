@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from examples.study.methods import Method
+from examples.study.sentiment import DATA
 from examples.study.tasks import TASKS, Task, label_pairs
 
 TUNING_SEED = 1000
@@ -30,6 +31,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="folder of the study `sentiment`; see sentiment.py")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
@@ -38,6 +40,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     task, out = TASKS[options.task](), options.out
+    if options.data:
+        os.environ[DATA] = str(options.data.absolute())
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     chosen = [method for method in task.methods if not options.methods or method.name in options.methods]
     phases: dict[str, Callable[[], list[Job]]] = {
@@ -55,6 +59,7 @@ def main(words: list[str]) -> int:
         for job in phases[options.phase]()[options.worker :: options.workers]:
             job.run()
         return 0
+    task.get_base(out)
     for phase in phases if options.phase is None else [options.phase]:
         if phase != "report" and not _in_parallel(words, phase, options.workers):
             return 1
@@ -97,7 +102,7 @@ class Job:
             return
         task.prepare(folder, self.seed)
         sft = [f"--run_dir={folder}/sft", f"--data.train={folder}/sft.jsonl", f"--seed={self.seed}"]
-        stage("sft", [*sft, f"--tokenizer.path={folder}/tokenizer", *task.start], folder / "sft")
+        stage("sft", [*sft, *task.start(self.out, folder)], folder / "sft")
         if not (folder / "pairs.jsonl").exists():
             asks = [f"--checkpoint={folder}/sft", f"--prompts={folder}/to_answer.jsonl", f"--seed={self.seed}"]
             run_stage("generate", [*asks, f"--out={folder}/answers.jsonl", *task.answers])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.study import bigrams
+from examples.study import bigrams, sentiment
 from examples.study.methods import Method, methods
 
 
@@ -24,8 +24,10 @@ class Task:
     gold: Callable[[list[str], list[str]], Sequence[float]]
     noise: float
     """Log-odds of a label are the lead in gold over this."""
-    start: tuple[str, ...]
-    """Words of the SFT stage."""
+    get_base: Callable[[Path], None]
+    """The study's folder -> writes there what all seeds begin with."""
+    start: Callable[[Path, Path], list[str]]
+    """The study's folder and the seed's -> words of the SFT stage."""
     pairs: tuple[str, ...]
     """Words of the stages that learn from pairs."""
     reward: tuple[str, ...]
@@ -63,7 +65,7 @@ def _prepare_bigrams(folder: Path, seed: int) -> None:
 
 
 def bigram_task() -> Task:
-    """Study (a); see `bigrams.py`. An hour or two of one core for five seeds."""
+    """Study (a); see `bigrams.py`."""
     size = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4}
     window = bigrams.PROMPT + 2 * bigrams.RESPONSE + 4
     model = [f"--model.{name}={value}" for name, value in size.items()]
@@ -74,10 +76,12 @@ def bigram_task() -> Task:
         prepare=_prepare_bigrams,
         gold=bigrams.gold,
         noise=bigrams.NOISE,
-        start=(
-            *model, "--model.num_query_groups=4", f"--model.max_length={window}", "--model.init_std=0.1",
-            "--train.batch_size=50", "--train.num_epochs=2", "--optimizer.lr=5e-3", f"--data.max_length={window}",
-        ),
+        get_base=lambda _: None,
+        start=lambda _, folder: [
+            f"--tokenizer.path={folder}/tokenizer", *model, "--model.num_query_groups=4", "--model.init_std=0.1",
+            f"--model.max_length={window}", f"--data.max_length={window}",
+            "--train.batch_size=50", "--train.num_epochs=2", "--optimizer.lr=5e-3",
+        ],
         pairs=("--train.batch_size=64", "--train.num_epochs=2", f"--data.max_length={window}"),
         reward=("--optimizer.lr=2e-3", "--train.num_epochs=4"),
         samples=(
@@ -91,4 +95,29 @@ def bigram_task() -> Task:
     )  # fmt: skip
 
 
-TASKS = {"bigrams": bigram_task}
+def sentiment_task() -> Task:
+    """Study (b); see `sentiment.py`."""
+    longest = ("--data.max_length=96", "--train.batch_size=16", "--optimizer.warmup_frac=0.1")
+    return Task(
+        name="sentiment",
+        grader="examples.study.sentiment:gold",
+        methods=methods((1e-5, 3e-5), dpo_rates=(5e-6, 2e-5)),
+        prepare=sentiment.prepare,
+        gold=sentiment.gold,
+        noise=sentiment.NOISE,
+        get_base=sentiment.get_base,
+        start=lambda out, _: [f"--start={out}/base", *longest, "--optimizer.lr=2e-5"],
+        pairs=(*longest, "--checkpoint.optimizer_at_end=false"),
+        reward=("--optimizer.lr=2e-5",),
+        samples=(
+            "--prompts_per_step=32", "--samples_per_optimizer_step=16", "--num_steps=20", "--eval_every=4",
+            "--critic_optimizer.lr=3e-5", "--optimizer.min_lr_frac=1", "--critic_optimizer.min_lr_frac=1",
+        ),
+        answers=("--rollout.max_prompt_tokens=48", "--rollout.max_new_tokens=32", "--rollout.max_slots=32",
+                 "--rollout.temperature=0.7"),
+        samples_per_step=32,
+        best=None,
+    )  # fmt: skip
+
+
+TASKS = {"bigrams": bigram_task, "sentiment": sentiment_task}

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from examples.study import bigrams
+from examples.study import bigrams, sentiment
 from examples.study.figures import Line, draw
 from examples.study.report import page, summarise
 from examples.study.statistics import band, band_of, first_reach
@@ -70,6 +70,38 @@ def test_labels_follow_gold_with_noise_and_equal_or_empty_answers_make_no_pair(t
     assert len(pairs) == 4000
     right = sum(pair["chosen"] == good for pair in pairs) / 4000
     assert right == pytest.approx(1 / (1 + np.exp(-1 / task.noise)), abs=0.03)
+
+
+def test_praise_counts_once_and_is_clipped(tmp_path, monkeypatch):
+    scorer = {"bias": -0.5, "weights": {"good": 1.5, "bad": -2.0, "don't": 0.25, "great": 9}}
+    (tmp_path / "gold_unigram_lr.json").write_text(json.dumps(scorer))
+    monkeypatch.setenv(sentiment.DATA, str(tmp_path))
+    texts = ["Good, GOOD good!", "a bad film", "don't", "", "great"]
+    assert sentiment.gold([""] * 5, texts) == [1.0, -2.5, -0.25, -0.5, 4.0]
+
+
+def test_a_seed_has_its_own_reviews_and_all_have_the_same_test_prompts(tmp_path, monkeypatch):
+    monkeypatch.setenv(sentiment.DATA, str(tmp_path))
+    for split in ("train", "eval"):
+        rows = [
+            {"prompt": f"{split} {i}", "reference": f"goes on {i}"} for i in range(4000 if split == "train" else 400)
+        ]
+        bigrams.write_rows(tmp_path / f"imdb_prompts_{split}.jsonl", rows)
+    names = ("sft", "to_answer", "train", "validation", "test")
+    seen = {}
+    for seed in (0, 1):
+        sentiment.prepare(tmp_path / str(seed), seed)
+        seen[seed] = {
+            name: [
+                json.loads(line)["prompt"] for line in (tmp_path / str(seed) / f"{name}.jsonl").read_text().splitlines()
+            ]
+            for name in names
+        }
+    for mine in seen.values():
+        assert mine["to_answer"][::2] == mine["to_answer"][1::2]
+        assert sum(map(len, (set(mine[name]) for name in names))) == len(set().union(*map(set, mine.values())))
+    assert seen[0]["sft"] != seen[1]["sft"]
+    assert seen[0]["test"] == seen[1]["test"]
 
 
 @pytest.mark.parametrize("name", TASKS)

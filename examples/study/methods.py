@@ -27,21 +27,21 @@ class Method:
 
 
 def methods(rates: tuple[float, float], *, dpo_rates: tuple[float, float]) -> list[Method]:
-    """All of them, with a grid of four points each: two learning rates, and two values of what the method adds.
+    """All of them, with a grid of six points each: two learning rates, and three values of what the method adds.
 
     Args:
         rates: of the policy in PPO and its kin.
         dpo_rates: of DPO and its kin.
     """
-    rate, kl = ("optimizer.lr", rates), ("rto.kl_coef", (0.01, 0.05))
-    dense = (rate, ("rto.dpo_coef", (0.05, 0.3)))
+    rate, kl = ("optimizer.lr", rates), ("rto.kl_coef", (0.01, 0.05, 0.2))
+    dense = (rate, ("rto.dpo_coef", (0.05, 0.3, 1)))
     free = ("--rto.dpo_clip=null",)  # the larger coefficient would be cut to the smaller one
     plain, no_critic = ("--rto.dpo_coef=0",), ("--advantage.estimator=reinforce_pp",)
     dpo_rate = ("optimizer.lr", dpo_rates)
     return [
-        Method("dpo", "DPO", "dpo", (), (dpo_rate, ("dpo.beta", (0.1, 0.3)))),
-        Method("rdpo", "R-DPO", "dpo", ("--dpo.loss=rdpo",), (dpo_rate, ("dpo.length_coef", (0.01, 0.05)))),
-        Method("simpo", "SimPO", "dpo", ("--dpo.loss=simpo", "--dpo.margin=0.5"), (dpo_rate, ("dpo.beta", (2, 5)))),
+        Method("dpo", "DPO", "dpo", (), (dpo_rate, ("dpo.beta", (0.1, 0.3, 0.03)))),
+        Method("rdpo", "R-DPO", "dpo", ("--dpo.loss=rdpo",), (dpo_rate, ("dpo.length_coef", (0.01, 0.05, 0.2)))),
+        Method("simpo", "SimPO", "dpo", ("--dpo.loss=simpo", "--dpo.margin=0.5"), (dpo_rate, ("dpo.beta", (2, 5, 10)))),
         Method("ppo", "PPO", "ppo", plain, (rate, kl)),
         Method("rto", "RTO", "rto", free, dense),
         Method("semi_rto", "Semi-RTO", "rto", (*free, "--rto.shaping=sentence"), dense),

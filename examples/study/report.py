@@ -1,8 +1,9 @@
 """The page of the study: JSON with all numbers, Markdown and HTML with what they say, two figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from pathlib import Path
 
@@ -16,6 +17,14 @@ from examples.study.tasks import Task
 NUMBERS = {"gold": "eval/grade", "kl": "eval/kl", "score": "eval/score", "win_rate": "eval/grade_win_rate",
            "length": "eval/response_length"}  # fmt: skip
 BASELINE = "ppo"
+CONTRASTS = (
+    ("rto", "ddpo", "the same DPO reward in all: on the tokens, or at the end"),
+    ("semi_rto", "ddpo", "the same DPO reward in all: at sentence ends, or at the end"),
+    ("rs_ppo", "ppo", "the same return: token rewards only tell where it was earned"),
+    ("ddpo", "ppo", "both at the end: with the DPO policy's total, or the reward model's score alone"),
+    ("rpp_token", "rpp", "without a critic: token rewards and score, or the score alone"),
+)
+"""Pairs of methods that differ in one thing."""
 
 
 def write_report(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Method]) -> None:
@@ -63,6 +72,7 @@ def collect(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Metho
         "start": {name: [start[name] for start in starts] for name in starts[0]},
         "methods": found,
         "summary": summarise(found, task.samples_per_step),
+        "contrasts": contrasts(found),
     }
 
 
@@ -79,22 +89,45 @@ def summarise(found: dict[str, dict], samples_per_step: int) -> dict[str, dict]:
                 line["lead_on_the_way"] = asdict(band(gold[:, 1:].mean(1) - theirs[:, 1:].mean(1)))
                 samples = [step * samples_per_step for step in entry["steps"]]
 
-                def reach(
-                    seeds: np.ndarray,
-                    gold: np.ndarray = gold,
-                    theirs: np.ndarray = theirs,
-                    samples: list[float] = samples,
-                ) -> float | None:
-                    return first_reach(samples, gold[seeds].mean(0).tolist(), theirs[seeds, -1].mean())
-
-                reached = band_of(reach, len(gold))
-                line["samples_to_baseline"] = asdict(reached) if reached else None
+                for level, of in (("end", _end), ("best", _best)):
+                    reached = band_of(partial(_reach, samples, gold, theirs, of), len(gold))
+                    line[f"samples_to_baseline_{level}"] = asdict(reached) if reached else None
         if entry["samples"]:
             half = gold.shape[1] // 2
             line["late_gold"] = asdict(band(gold[:, -1] - gold[:, half]))
             line["late_score"] = asdict(band(score[:, -1] - score[:, half]))
         summary[name] = line
     return summary
+
+
+def _reach(
+    samples: Sequence[float],
+    gold: np.ndarray,
+    theirs: np.ndarray,
+    level: Callable[[np.ndarray], float],
+    seeds: np.ndarray,
+) -> float | None:
+    """Samples after which the mean of some seeds first reaches a level of the baseline's mean of the same seeds."""
+    return first_reach(samples, gold[seeds].mean(0).tolist(), level(theirs[seeds].mean(0)))
+
+
+def _end(curve: np.ndarray) -> float:
+    return float(curve[-1])
+
+
+def _best(curve: np.ndarray) -> float:
+    return float(curve.max())
+
+
+def contrasts(found: dict[str, dict]) -> list[dict]:
+    """Paired differences of methods that differ in one thing: at the end, and as a mean over all evaluations."""
+    lines = []
+    for one, other, meaning in CONTRASTS:
+        if one in found and other in found:
+            a, b = (np.array(found[name]["gold"]) for name in (one, other))
+            end, way = band(a[:, -1] - b[:, -1]), band(a[:, 1:].mean(1) - b[:, 1:].mean(1))
+            lines.append({"of": [one, other], "meaning": meaning, "end": asdict(end), "on_the_way": asdict(way)})
+    return lines
 
 
 def page(results: dict) -> str:
@@ -117,13 +150,9 @@ def page(results: dict) -> str:
     ]
     for name, entry in methods.items():
         line = {k: Band(**v) for k, v in summary[name].items() if v is not None}
-        reached = line.get("samples_to_baseline")
+        reached = line.get("samples_to_baseline_end")
         samples = _samples(reached, budget) if entry["samples"] else "none used"
-        lead = (
-            ""
-            if name == BASELINE or "lead" not in line
-            else f"{line['lead']}{'' if line['lead'].excludes_zero else ' ?'}"
-        )
+        lead = "" if name == BASELINE or "lead" not in line else _told(line["lead"])
         lines.append(
             f"| {entry['title']} | {line['gold']} | {lead} | {line['win_rate'].mean:.2f} | {line['kl'].mean:.1f} "
             f"| {line['score'].mean:.2f} | {samples} |"
@@ -131,16 +160,9 @@ def page(results: dict) -> str:
     lines += ["", "`?`: the band includes 0, so that many seeds do not tell the two apart.", ""]
     lines += [_verdict(results), ""]
     lines += ["![Gold against samples](gold-samples.svg)", "", "![Gold against KL](gold-kl.svg)", ""]
-    lines += [
-        "## What the methods were given",
-        "",
-        *_inputs(start),
-        "",
-        "## Reward hacking",
-        "",
-        *_hacking(results),
-        "",
-    ]
+    lines += ["## What makes the difference", "", *_differences(results), ""]
+    lines += ["## What the methods were given", "", *_inputs(start), ""]
+    lines += ["## Reward hacking", "", *_hacking(results), ""]
     lines += ["## Grid", "", *_grid(results)]
     return "\n".join(lines) + "\n"
 
@@ -149,14 +171,32 @@ def _verdict(results: dict) -> str:
     summary = results["summary"]
     if "rto" not in summary or BASELINE not in summary:
         return ""
-    lead, reached = Band(**summary["rto"]["lead"]), summary["rto"]["samples_to_baseline"]
+    lead = Band(**summary["rto"]["lead"])
     total = results["methods"]["rto"]["steps"][-1] * results["samples_per_step"]
     above = "is above" if lead.low > 0 else "is below" if lead.high < 0 else "cannot be told from"
     text = f"At equal samples RTO {above} PPO by gold: lead {lead}."
-    if reached is None:
-        return text + " RTO's mean never reaches PPO's final gold."
-    share = Band(*(reached[part] / total for part in ("mean", "low", "high")))
-    return text + f" RTO's mean reaches PPO's final gold after {share} of PPO's samples."
+    for level, title in (("end", "PPO's final gold"), ("best", "the highest gold that PPO has on the way")):
+        reached = summary["rto"][f"samples_to_baseline_{level}"]
+        if reached is None:
+            text += f" RTO's mean never reaches {title}."
+        else:
+            share = Band(*(reached[part] / total for part in ("mean", "low", "high")))
+            text += f" RTO's mean reaches {title} after {share} of PPO's samples."
+    return text
+
+
+def _differences(results: dict) -> list[str]:
+    lines = ["Differences of gold between methods that differ in one thing:", ""]
+    lines += ["| methods | at the end | mean on the way | |", "|---|---|---|---|"]
+    for contrast in results["contrasts"]:
+        titles = " - ".join(results["methods"][name]["title"] for name in contrast["of"])
+        end, way = Band(**contrast["end"]), Band(**contrast["on_the_way"])
+        lines.append(f"| {titles} | {_told(end)} | {_told(way)} | {contrast['meaning']} |")
+    return lines
+
+
+def _told(difference: Band) -> str:
+    return f"{difference}{'' if difference.excludes_zero else ' ?'}"
 
 
 def _samples(reached: Band | None, budget: int) -> str:

@@ -172,10 +172,13 @@ def curve(run_dir: Path) -> list[dict[str, float]]:
 
 def stage(name: str, words: list[str], run_dir: Path) -> None:
     """A stage, unless it is done; what a killed one has saved is taken up."""
-    if (run_dir / "done").exists():
+    done, said = run_dir / "done", json.dumps([name, *words])
+    if done.exists():
+        if done.read_text() != said:
+            raise SystemExit(f"{run_dir}: was run with other settings than now; remove it, or take another --out")
         return
     run_stage(name, words)
-    (run_dir / "done").touch()
+    done.write_text(said)
 
 
 def run_stage(name: str, words: list[str]) -> None:

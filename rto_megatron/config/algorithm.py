@@ -12,25 +12,33 @@ class DPOConfig:
     """Strength of the pull to the reference, per nat; of `simpo`, whose paper takes 2 to 10, per nat and token."""
     label_smoothing: float = 0.0
     """Probability that a label is wrong; 0 is plain DPO. `sigmoid` only."""
-    loss: Literal["sigmoid", "ipo", "rdpo", "simpo"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "rdpo", "simpo", "tdpo1", "tdpo2"] = "sigmoid"
     """`sigmoid` is DPO; `ipo` the squared loss of arXiv 2310.12036; `rdpo` charges for length (arXiv 2403.19159);
-    `simpo` compares log-probs per token, without a reference (arXiv 2405.14734)."""
+    `simpo` compares log-probs per token, without a reference (arXiv 2405.14734); `tdpo1` and `tdpo2` count the KL
+    to the reference along each response (arXiv 2404.11999), and hold the reference in memory."""
     length_coef: float = 0.0
     """Charge for a token, reward units; 0 is DPO. `rdpo` only; its paper calls it alpha."""
     margin: float = 0.0
     """By how much the chosen side is to win, reward units. `simpo` only; its paper calls it gamma."""
+    drift_coef: float = 0.5
+    """Weight of the KL along a response; 0 is DPO. `tdpo2` only; its paper calls it alpha."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise ValueError(f"dpo.beta must be positive, got {self.beta}")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"dpo.label_smoothing must be at least 0 and below 0.5, got {self.label_smoothing}")
-        for name in ("length_coef", "margin"):
+        for name in ("length_coef", "margin", "drift_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"dpo.{name} must be 0 or more, got {getattr(self, name)}")
         for name, loss in (("label_smoothing", "sigmoid"), ("length_coef", "rdpo"), ("margin", "simpo")):
             if getattr(self, name) and self.loss != loss:
                 raise ValueError(f"dpo.{name} must be 0 with dpo.loss {self.loss}, which does not use it; {loss} does")
+
+    @property
+    def reads_distributions(self) -> bool:
+        """Whether the reference's whole distribution is needed at each token."""
+        return self.loss in ("tdpo1", "tdpo2")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,6 +106,11 @@ class DPORun:
 
     def __post_init__(self) -> None:
         _check_apart(self.run_dir, start=self.start)
+        if self.dpo.reads_distributions and self.parallel.pipeline > 1:
+            raise ValueError(
+                f"parallel.pipeline must be 1 with dpo.loss {self.dpo.loss}, which needs the reference's distribution "
+                f"where the policy's is, got {self.parallel.pipeline}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

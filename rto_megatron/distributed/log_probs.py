@@ -38,11 +38,26 @@ def linear_log_probs(
     Returns:
         [N, 2] float32 nats: log-prob of the label, and entropy. Both can be differentiated.
     """
+    head = head_of(
+        weight, group=group, vocab_size=vocab_size, temperature=temperature, chunk=chunk, banned_ids=banned_ids
+    )
+    return _LinearLogProbs.apply(hidden, weight, labels, head)
+
+
+def head_of(
+    weight: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    vocab_size: int,
+    temperature: float,
+    chunk: int,
+    banned_ids: tuple[int, ...],
+) -> "Head":
+    """How this rank's rows of an output layer are read; arguments as in `linear_log_probs`."""
     first = group.rank() * weight.shape[0]
     num_rows = min(max(vocab_size - first, 0), weight.shape[0])
     mine = [i - first for i in banned_ids if first <= i < first + num_rows]
-    head = _Head(group, first, num_rows, temperature, chunk, torch.tensor(mine, dtype=torch.long, device=weight.device))
-    return _LinearLogProbs.apply(hidden, weight, labels, head)
+    return Head(group, first, num_rows, temperature, chunk, torch.tensor(mine, dtype=torch.long, device=weight.device))
 
 
 IMPOSSIBLE = -1e30
@@ -50,7 +65,7 @@ IMPOSSIBLE = -1e30
 
 
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """What does not change from token to token."""
 
     group: Any
@@ -73,7 +88,7 @@ class _Head:
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: _Head) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> Tensor:
         parts = [
             _local_sums(head.logits(h, weight), y - head.first)
             for h, y in zip(hidden.split(head.chunk), labels.split(head.chunk), strict=True)
@@ -87,7 +102,7 @@ class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:  # type: ignore[override]
         hidden, weight, labels, log_norm, entropy = ctx.saved_tensors
-        head: _Head = ctx.head
+        head: Head = ctx.head
         grad_hidden = torch.zeros_like(hidden)
         # a frozen output layer (adapters) has no gradient: it would be as large as the layer, and a third of the work
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

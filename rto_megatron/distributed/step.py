@@ -52,6 +52,26 @@ token_log_probs = Forward(
 )
 """A policy's log-probs and entropies of the response tokens, [B, T, 2] nats."""
 
+
+def log_probs_and_kl(reference: Any) -> Forward:
+    """`token_log_probs` with a third number: KL of the reference's distribution and the policy's at each token.
+
+    Both models lie on the same ranks, without pipeline; the reference gives its hidden states.
+    """
+
+    def ask(model: Any, micro: Microbatch) -> Tensor:
+        with torch.no_grad():
+            hidden = reference(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params)
+        policy = getattr(model, "module", model)  # in training it is wrapped
+        policy.beside = hidden, reference.output_weight().detach()
+        try:
+            return token_log_probs(model, micro)
+        finally:
+            policy.beside = None
+
+    return Forward(ask, depth=(3,))
+
+
 head_outputs = Forward(
     lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params),
     depth=(),

@@ -24,7 +24,8 @@ from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.chunks import ChunkedModel
 from rto_megatron.distributed.context import own_columns, whole_rows
-from rto_megatron.distributed.log_probs import linear_log_probs
+from rto_megatron.distributed.divergence import linear_kl
+from rto_megatron.distributed.log_probs import head_of, linear_log_probs
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import check_fp8
 from rto_megatron.errors import ConfigError
@@ -51,6 +52,11 @@ class PolicyModel(GPTModel):
     banned_ids: tuple[int, ...]
     """Ids that have probability 0 in sampling and in log-probs alike: the pad id."""
     max_length: int
+    beside: tuple[Tensor, Tensor] | None = None
+    """[T, B, H] and [rows, H]: hidden states of a reference on the tokens of the coming forward, and its output layer.
+    The output then has a third column, the KL of the reference's distribution and this one's."""
+    gives_hidden: bool = False
+    """Without a loss mask the forward ends before the output layer."""
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Any:
         """Embeddings and rotary angles of this context rank's columns of [B, T] ids and positions."""
@@ -62,16 +68,19 @@ class PolicyModel(GPTModel):
     ) -> Tensor:
         """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
 
+        With a reference `beside` [B, T, 3].
         Only positions that predict a token of `loss_mask` [B, T] go through the output layer, each on the context rank
         that has it; the result is the same on all of them.
         """
-        if not self.post_process or loss_mask is None:
+        if not self.post_process or (loss_mask is None and not self.gives_hidden):
             return super()._postprocess(hidden_states=hidden_states, input_ids=input_ids, loss_mask=loss_mask, **rest)
         group, context = self.pg_collection.tp, self.pg_collection.cp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        if loss_mask is None:
+            return hidden
         # the one shift between logits and tokens on the Megatron path: column t is predicted by t - 1. Of whole rows,
         # because the next token may be another context rank's
         following = (F.pad(x[:, 1:], (0, 1)) for x in (loss_mask, input_ids))
@@ -79,17 +88,20 @@ class PolicyModel(GPTModel):
         # picked out of the sequence-first tensor as it lies: the gradient of a transposed one is not contiguous, and
         # Megatron's sum of it over tensor ranks (0.16.1: all_reduce of a contiguous copy) is then lost
         rows, columns = predicts.nonzero(as_tuple=True)
-        scored = linear_log_probs(
-            hidden[columns, rows],
-            self.output_weight(),
-            labels[predicts],
-            group=group,
-            vocab_size=self.true_vocab,
-            temperature=self.temperature,
-            chunk=self.log_prob_chunk,
-            banned_ids=self.banned_ids,
-        )
-        out = hidden.new_zeros(*predicts.shape, 2, dtype=torch.float32)
+        picked, weight = hidden[columns, rows], self.output_weight()
+        layer = {
+            "group": group,
+            "vocab_size": self.true_vocab,
+            "temperature": self.temperature,
+            "chunk": self.log_prob_chunk,
+            "banned_ids": self.banned_ids,
+        }
+        scored = linear_log_probs(picked, weight, labels[predicts], **layer)
+        if self.beside is not None:
+            of_ref, ref_weight = self.beside
+            kl = linear_kl(picked, weight, of_ref[columns, rows], ref_weight, head_of(weight, **layer))
+            scored = torch.cat((scored, kl[:, None]), -1)
+        out = hidden.new_zeros(*predicts.shape, scored.shape[-1], dtype=torch.float32)
         out = out.index_put((rows, columns), scored)
         return F.pad(whole_rows(out, context, dim=1)[:, :-1], (0, 0, 1, 0))
 

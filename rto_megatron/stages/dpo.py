@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.dpo import DPOLoss, dpo_loss, sequence_log_probs
+from rto_megatron.algorithms.masked import masked_sum
 from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
-from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss
+from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss, tdpo_loss
 from rto_megatron.batch import DPOBatch
 from rto_megatron.config.algorithm import DPOConfig
 from rto_megatron.config.run import DPORun
@@ -19,7 +20,7 @@ from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
-from rto_megatron.distributed.step import Loss, token_log_probs
+from rto_megatron.distributed.step import Loss, log_probs_and_kl, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.stages.resume import (
     Checkpoints,
@@ -70,7 +71,11 @@ def run(config: DPORun, runtime: Runtime) -> None:
         scored_held_out = with_reference(model, held_out, config, tokenizer, mesh)
         policy = make_trainable("policy", model, config.optimizer, mesh)
         checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, steps)
-        task = make_task(config, tokenizer, mesh)
+        reference = None
+        if config.dpo.reads_distributions:
+            reference, _ = load_role(config.start, "policy", mesh, **cut, frozen=True)
+            reference.gives_hidden = True
+        task = make_task(config, tokenizer, mesh, reference)
         fit(policy, task, scored, scored_held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 
 
@@ -86,9 +91,9 @@ def with_reference(
     return list(zip(rows, totals, strict=True))
 
 
-def pair_loss(log_probs: Tensor, batch: DPOBatch, config: DPOConfig, num_pairs: int) -> DPOLoss:
-    """The loss that the config names; `log_probs` [2P] nats of whole responses, chosen and rejected in turn."""
-    chosen, rejected = split_pairs(log_probs)
+def pair_loss(output: Tensor, batch: DPOBatch, config: DPOConfig, num_pairs: int) -> DPOLoss:
+    """The loss that the config names; `output` [2P, T, 2 or 3] of the policy, chosen and rejected responses in turn."""
+    chosen, rejected = split_pairs(sequence_log_probs(output[..., 0], batch.response_mask))
     policy = {"policy_chosen": chosen, "policy_rejected": rejected}
     of_ref, of_tokens = split_pairs(batch.ref_log_probs), split_pairs(batch.response_mask.sum(-1))
     ref = {"ref_chosen": of_ref[0], "ref_rejected": of_ref[1]}
@@ -99,11 +104,20 @@ def pair_loss(log_probs: Tensor, batch: DPOBatch, config: DPOConfig, num_pairs: 
             return rdpo_loss(**policy, **ref, **tokens, length_coef=config.length_coef, **shared)
         case "simpo":
             return simpo_loss(**policy, **tokens, margin=config.margin, **shared)
+        case "tdpo1" | "tdpo2":
+            of_kl = split_pairs(masked_sum(output[..., 2], batch.response_mask, -1))
+            kl = {"chosen_kl": of_kl[0], "rejected_kl": of_kl[1]}
+            kl_coef = config.drift_coef if config.loss == "tdpo2" else None
+            return tdpo_loss(**policy, **ref, **kl, kl_coef=kl_coef, **shared)
     return dpo_loss(**policy, **ref, label_smoothing=config.label_smoothing, loss=config.loss, **shared)
 
 
-def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
-    """The DPO loss, averaged over the pairs of the minibatch."""
+def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh, reference: PolicyModel | None = None) -> Task:
+    """The DPO loss, averaged over the pairs of the minibatch.
+
+    Args:
+        reference: where the loss reads whole distributions.
+    """
 
     def collate(rows: Sequence[ScoredRow]) -> DPOBatch:
         pairs = collate_preferences([row for row, _ in rows], tokenizer.pad_id)
@@ -118,7 +132,7 @@ def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
         num_pairs = len(whole) // 2
 
         def loss(output: Tensor, batch: DPOBatch) -> tuple[Tensor, Tensor]:
-            result = pair_loss(sequence_log_probs(output[..., 0], batch.response_mask), batch, config.dpo, num_pairs)
+            result = pair_loss(output, batch, config.dpo, num_pairs)
             better, worse = result.chosen_rewards, result.rejected_rewards
             return result.loss, pair_sums(result.loss, chosen=better, rejected=worse, num_pairs=num_pairs)
 
@@ -127,7 +141,7 @@ def make_task(config: DPORun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
     return Task(
         group="dpo",
         collate=collate,
-        forward=token_log_probs,
+        forward=token_log_probs if reference is None else log_probs_and_kl(reference),
         make_loss=make_loss,
         num_sums=4,
         summarise=partial(pair_metrics, side="reward"),

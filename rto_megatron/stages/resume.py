@@ -66,6 +66,7 @@ NEWER = {
     "checkpoint.best_metric": None,
     "dpo.length_coef": 0.0,
     "dpo.margin": 0.0,
+    "dpo.drift_coef": 0.5,
 }
 """Settings that a run of an earlier version does not name, and what it did."""
 

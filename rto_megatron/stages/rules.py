@@ -18,6 +18,7 @@ from rto_megatron.data.tokenizer import TEMPLATE_FILE
 from rto_megatron.distributed.checkpoint import Checkpoint, open_base, open_checkpoint
 from rto_megatron.errors import CheckpointError, ConfigError
 from rto_megatron.models.gpt import Kind
+from rto_megatron.stages.grader import load_grader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,11 @@ def roles_of(config: Any) -> list[Role]:
             return [Role(name="start", path=start, kind="policy", **learns)] if start else []
         case DPORun() | RewardRun():
             kind: Kind = "policy" if isinstance(config, DPORun) else "value"
-            return [Role(name="start", path=config.start, kind=kind, optimizer=config.optimizer, lora=config.lora)]
+            learns = {"optimizer": config.optimizer, "lora": config.lora}
+            roles = [Role(name="start", path=config.start, kind=kind, **learns)]
+            if isinstance(config, DPORun) and config.dpo.reads_distributions:
+                roles.append(Role(name="reference", path=config.start, kind="policy"))
+            return roles
         case GenerateRun():
             return [Role(name="policy", path=config.checkpoint, kind="policy")]
         case RTORun():
@@ -98,8 +103,10 @@ def check_run(config: Any, num_data: int) -> dict[str, Checkpoint]:
 
 
 def size_rules(config: Any, num_data: int) -> Iterator[Rule]:
-    """That the data-parallel ranks can share each batch equally, and rows be packed where they must be."""
+    """That data-parallel ranks can share each batch equally, rows be packed where they must be, and answers graded."""
     yield Rule(partial(check_packing, config), "a context rank has two chunks of every row, which stand in columns")
+    if isinstance(config, RTORun | EvaluateRun) and config.grader is not None:
+        yield Rule(partial(load_grader, config.grader), "the first evaluation would end the run")
     sizes = {}
     if isinstance(config, SFTRun | DPORun | RewardRun):
         sizes = {"train.batch_size": config.train.batch_size}

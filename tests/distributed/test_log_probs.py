@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rto_megatron.algorithms.preference_losses import sequential_kl
 from tests.ranks import run_ranks
 
 TOKENS, HIDDEN, ROWS = 37, 16, 128
@@ -62,8 +63,46 @@ def sharded(vocab, temperature, chunk, banned):
     return out.detach(), hidden.grad, own.grad
 
 
+def reference(vocab: int):
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(TOKENS, HIDDEN, generator=generator), torch.randn(ROWS, HIDDEN, generator=generator)
+
+
+def plain_kl(vocab, temperature, banned):
+    hidden, weight, _, slopes = problem(vocab, banned)
+    hidden.requires_grad_(), weight.requires_grad_()
+    ref_hidden, ref_weight = reference(vocab)
+    ban = torch.tensor(banned, dtype=torch.long)
+    log_probs, of_ref = (
+        (h @ w[:vocab].T / temperature).index_fill(1, ban, -1e30).log_softmax(-1)
+        for h, w in ((hidden, weight), (ref_hidden, ref_weight))
+    )
+    out = sequential_kl(log_probs[:, None], of_ref[:, None], torch.ones(TOKENS, 1, dtype=torch.bool))
+    (out * slopes[:, 0]).sum().backward()
+    return out.detach(), hidden.grad, weight.grad
+
+
+def sharded_kl(vocab, temperature, chunk, banned):
+    """This rank's KL, the hidden gradient summed over ranks, and its rows' gradient."""
+    from rto_megatron.config.parallel import ParallelConfig
+    from rto_megatron.distributed.divergence import linear_kl
+    from rto_megatron.distributed.log_probs import head_of
+    from rto_megatron.distributed.mesh import build_mesh
+    from rto_megatron.distributed.runtime import start_runtime, world_size
+
+    mesh = build_mesh(ParallelConfig(tensor=world_size()), start_runtime(threads=1), seed=0)
+    hidden, weight, _, slopes = problem(vocab, banned)
+    own, own_ref = (w.chunk(mesh.tensor.size)[mesh.tensor.rank].clone() for w in (weight, reference(vocab)[1]))
+    hidden.requires_grad_(), own.requires_grad_()
+    layer = {"vocab_size": vocab, "temperature": temperature, "chunk": chunk, "banned_ids": banned}
+    out = linear_kl(hidden, own, reference(vocab)[0], own_ref, head_of(own, group=mesh.tensor.group, **layer))
+    (out * slopes[:, 0]).sum().backward()
+    torch.distributed.all_reduce(hidden.grad, group=mesh.tensor.group)
+    return out.detach(), hidden.grad, own.grad
+
+
 def all_cases():
-    return {name: sharded(*case) for name, case in CASES.items()}
+    return {name: (sharded(*case), sharded_kl(*case)) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
@@ -75,10 +114,20 @@ def results(request):
 def test_it_equals_the_plain_log_softmax(name, results):
     vocab, temperature, _, banned = CASES[name]
     out, grad_hidden, grad_weight = plain(vocab, temperature, banned)
-    for result in results:
-        torch.testing.assert_close(result[name][0], out, rtol=0, atol=1e-5)
-        torch.testing.assert_close(result[name][1], grad_hidden, rtol=0, atol=3e-5)
-    own = torch.cat([result[name][2] for result in results])
+    check([result[name][0] for result in results], out, grad_hidden, grad_weight, vocab)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kl_to_a_reference_equals_the_plain_one(name, results):
+    vocab, temperature, _, banned = CASES[name]
+    check([result[name][1] for result in results], *plain_kl(vocab, temperature, banned), vocab)
+
+
+def check(ranks, out, grad_hidden, grad_weight, vocab):
+    for said, slope, _ in ranks:
+        torch.testing.assert_close(said, out, rtol=2e-6, atol=1e-5)  # KLs of up to 40 nats: float32 has 7 digits
+        torch.testing.assert_close(slope, grad_hidden, rtol=0, atol=3e-5)
+    own = torch.cat([rows for *_, rows in ranks])
     torch.testing.assert_close(own, grad_weight, rtol=0, atol=3e-5)
     assert not own[vocab:].any()
 

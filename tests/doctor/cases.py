@@ -143,6 +143,10 @@ CONFIG = {
     ),
     "greedy training": Case("rto", "--rollout.temperature=0", "error", "temperature must be positive", by="config"),
     "a cut distribution": Case("rto", "--rollout.top_k=5", "error", "must be 0 and 1 in training", by="config"),
+    "a pipeline where TDPO compares distributions": Case(
+        "dpo", "--dpo.loss=tdpo2 --parallel.pipeline=2", "error", "pipeline must be 1 with dpo.loss tdpo2", by="config"
+    ),
+    "a setting of another loss": Case("dpo", "--dpo.margin=1", "error", "margin must be 0 with dpo.loss", by="config"),
     "nothing to learn": Case("rto", "--rto.dpo_coef=0 --rto.score_coef=0", "error", "nothing to learn", by="config"),
     "a run over what it reads": Case(
         "dpo", "--run_dir={chain}/sft", "error", "run_dir must not be the run that start names", by="config"
@@ -189,6 +193,9 @@ LAYOUT = {
     ),
     "minibatches that replicas cannot share": Case(
         "rto", "", "error", "optimizer_step must be a multiple of the 8", options=Options(ranks=8), by="nobody"
+    ),
+    "a grader that is nowhere": Case(
+        "rto", "--grader=no_such:judge", "error", "grader no_such:judge: cannot be imported"
     ),
     "rows that are packed and shared over context ranks": Case(
         "rto",

@@ -9,7 +9,7 @@ import pytest
 
 from examples.study import bigrams, sentiment
 from examples.study.figures import Line, draw
-from examples.study.report import page, summarise
+from examples.study.report import contrasts, page, summarise
 from examples.study.statistics import band, band_of, first_reach
 from examples.study.tasks import TASKS, label_pairs
 from rto_megatron.config.load import load_run
@@ -107,7 +107,7 @@ def test_a_seed_has_its_own_reviews_and_all_have_the_same_test_prompts(tmp_path,
 @pytest.mark.parametrize("name", TASKS)
 def test_every_method_has_a_grid_of_one_size_whose_settings_its_stage_takes(name):
     task = TASKS[name]()
-    assert {len(method.settings()) for method in task.methods} == {4}
+    assert {len(method.settings()) for method in task.methods} == {6}
     for method, words in ((m, words) for m in task.methods for words in m.settings()):
         if method.stage == "dpo":
             needs = ["--run_dir=a", "--start=b", "--data.train=c", *task.pairs]
@@ -152,7 +152,9 @@ def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
     }
     start = {"reward_accuracy": [0.6] * 3, "dpo_accuracy": [0.7] * 3, "gold": [0.0] * 3}
     results = {"task": "t", "seeds": [0, 1, 2], "samples_per_step": 10, "best": 9.0, "start": start, "methods": found}
-    text = page(results | {"summary": summarise(found, 10)})
+    found["ddpo"] = found["rto"] | {"title": "DDPO", "gold": [[0, 1, 6], [0, 2, 6], [0, 3, 7]]}
+    text = page(results | {"summary": summarise(found, 10), "contrasts": contrasts(found)})
+    assert "| RTO - DDPO | 0.00 (0.00 to 0.00) ? | 1.17 (0.50 to 1.50) | the same DPO reward" in text
     assert "At equal samples RTO is above PPO by gold: lead 4.33 (4.00 to 5.00)." in text
     assert "RTO's mean reaches PPO's final gold after 0.23" in text  # 2 of 4.33 on the way to 10 of 20 samples
     assert "| PPO | -1.50 (-2.00 to -1.00) | 1.00 (1.00 to 1.00) | proxy up, gold down |" in text

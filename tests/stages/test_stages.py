@@ -35,6 +35,21 @@ def test_dpos_neighbours_learn_pairs_too(loss, words, chain, tmp_path):
     assert (abs(rows[0]["dpo/chosen_reward"]) < 1e-4) == (loss == "rdpo")
 
 
+@pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])
+def test_tdpo_is_the_same_on_two_tensor_ranks_and_begins_as_dpo(loss, chain, tmp_path):
+    words = [f"--dpo.loss={loss}", "--dpo.drift_coef=0.7", "--dpo.beta=1"]
+    layouts = (["--parallel.sequence=true", "--parallel.tensor=2"], [])
+    for world, layout in ((2, layouts[0]), (1, layouts[1])):
+        run_ranks(run_stage, world, "dpo", chain, [f"--run_dir={tmp_path}/{world}", *words, *layout])
+    two, one = ([row for row in rows_of(tmp_path / str(world)) if "dpo/loss" in row] for world in (2, 1))
+    assert one[0]["dpo/loss"] == pytest.approx(0.6931, abs=1e-3)  # log 2: no margin, no drift
+    assert one[-1]["dpo/loss"] < one[0]["dpo/loss"]
+    plain = [row for row in rows_of(chain / "dpo") if "dpo/loss" in row]
+    for name in ("dpo/loss", "optimizer/grad_norm", "dpo/margin"):
+        assert two[-1][name] == pytest.approx(one[-1][name], rel=1e-3)
+        assert one[-1][name] != pytest.approx(plain[-1][name], rel=1e-3)
+
+
 def test_a_checkpoint_names_its_parent(chain):
     manifests = {}
     for run in ("sft", "dpo", "reward"):

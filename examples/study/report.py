@@ -20,7 +20,11 @@ BASELINE = "ppo"
 CONTRASTS = (
     ("rto", "ddpo", "the same DPO reward in all: on the tokens, or at the end"),
     ("semi_rto", "ddpo", "the same DPO reward in all: at sentence ends, or at the end"),
-    ("rs_ppo", "ppo", "the same return: token rewards only tell where it was earned"),
+    (
+        "rs_ppo",
+        "ppo",
+        "the same return in all, told by token rewards; GAE sees the amount taken off at the end discounted",
+    ),
     ("ddpo", "ppo", "both at the end: with the DPO policy's total, or the reward model's score alone"),
     ("rpp_token", "rpp", "without a critic: token rewards and score, or the score alone"),
 )

@@ -1,6 +1,6 @@
 """The methods that the study compares, and the settings that each may choose from: as many for every method."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 
@@ -24,6 +24,13 @@ class Method:
             tuple(f"--{name}={value:g}" for name, value in zip(names, point, strict=True))
             for point in product(*(values for _, values in self.grid))
         ]
+
+    def pinned(self, point: int) -> "Method":
+        """The method with a point of its grid that was not chosen: shown beside it, as what it is."""
+        words = self.settings()[point]
+        told = " ".join(word.removeprefix("--") for word in words)
+        title = f"{self.title}, not chosen: {told}"
+        return replace(self, name=f"{self.name}-at-{point}", title=title, words=(*self.words, *words), grid=())
 
 
 def methods(rates: tuple[float, float], *, dpo_rates: tuple[float, float]) -> list[Method]:

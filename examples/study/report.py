@@ -57,7 +57,9 @@ def collect(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Metho
         entry: dict = {"title": method.title, "samples": method.stage != "dpo", "chosen": method.settings()[point]}
         tried = [out / "tune" / f"{method.name}-{number}" for number in range(len(method.settings()))]
         entry["tried"] = [
-            {"words": words, "gold": _last(path)} for words, path in zip(method.settings(), tried, strict=True)
+            {"words": words, "gold": _last(path)}
+            for words, path in zip(method.settings(), tried, strict=True)
+            if method.grid
         ]
         for number, metric in NUMBERS.items():
             if method.stage == "dpo":
@@ -66,6 +68,8 @@ def collect(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Metho
                 rows = [curve(out / f"seed-{seed}" / method.name) for seed in seeds]
                 entry[number] = [[row[metric] for row in run] for run in rows]
                 entry["steps"] = [row["step"] for row in rows[0]]
+        if method.stage != "dpo":
+            entry["return"] = [returns(out / f"seed-{seed}" / method.name, entry["steps"]) for seed in seeds]
         found[method.name] = entry
     starts = [_held_out(out / f"seed-{seed}") for seed in seeds]
     return {
@@ -97,11 +101,23 @@ def summarise(found: dict[str, dict], samples_per_step: int) -> dict[str, dict]:
                     reached = band_of(partial(_reach, samples, gold, theirs, of), len(gold))
                     line[f"samples_to_baseline_{level}"] = asdict(reached) if reached else None
         if entry["samples"]:
+            optimised = np.array(entry["return"])
             half = gold.shape[1] // 2
-            line["late_gold"] = asdict(band(gold[:, -1] - gold[:, half]))
-            line["late_score"] = asdict(band(score[:, -1] - score[:, half]))
+            for number, x in (("gold", gold), ("score", score), ("return", optimised)):
+                line[f"late_{number}"] = asdict(band(x[:, -1] - x[:, half]))
+            line["collapsed"] = collapsed(gold, optimised)
         summary[name] = line
     return summary
+
+
+def collapsed(gold: np.ndarray, optimised: np.ndarray) -> list[int]:
+    """Places of the seeds whose gold ended below half of its highest while what was optimised went on rising."""
+    peaks = gold.argmax(1)
+    return [
+        seed
+        for seed, peak in enumerate(peaks)
+        if gold[seed, -1] < gold[seed, peak] / 2 and optimised[seed, -1] > optimised[seed, peak]
+    ]
 
 
 def _reach(
@@ -153,7 +169,7 @@ def page(results: dict) -> str:
         f"| start (SFT) | {start['gold']} | | 0.50 | 0 | | |",
     ]
     for name, entry in methods.items():
-        line = {k: Band(**v) for k, v in summary[name].items() if v is not None}
+        line = {k: Band(**v) for k, v in summary[name].items() if isinstance(v, dict)}
         reached = line.get("samples_to_baseline_end")
         samples = _samples(reached, budget) if entry["samples"] else "none used"
         lead = "" if name == BASELINE or "lead" not in line else _told(line["lead"])
@@ -221,16 +237,21 @@ def _inputs(start: dict[str, Band]) -> list[str]:
 
 def _hacking(results: dict) -> list[str]:
     lines = [
-        "Change from the middle of training to its end:",
+        "Change from the middle of training to its end: of gold, of the return that the method maximises (all terms, "
+        "on training prompts), of the reward model's score. Collapsed: seeds whose gold ended below half of its highest "
+        "while the return went on rising.",
         "",
-        "| method | gold | proxy score | |",
-        "|---|---|---|---|",
+        "| method | gold | return | score | collapsed | |",
+        "|---|---|---|---|---|---|",
     ]
     for name, line in results["summary"].items():
         if "late_gold" in line:
-            gold, score = Band(**line["late_gold"]), Band(**line["late_score"])
-            hacked = "proxy up, gold down" if gold.high < 0 and score.low > 0 else ""
-            lines.append(f"| {results['methods'][name]['title']} | {gold} | {score} | {hacked} |")
+            gold, optimised, score = (Band(**line[f"late_{number}"]) for number in ("gold", "return", "score"))
+            hacked = "proxy up, gold down" if gold.high < 0 and max(score.low, optimised.low) > 0 else ""
+            seeds = f"{len(line['collapsed'])} of {len(results['seeds'])}"
+            lines.append(
+                f"| {results['methods'][name]['title']} | {gold} | {optimised} | {score} | {seeds} | {hacked} |"
+            )
     return lines
 
 
@@ -270,6 +291,13 @@ def _html(text: str, figures: dict[str, str]) -> str:
     plain = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
     head = '<!doctype html><meta charset="utf-8"><title>Study</title><body style="font-family:sans-serif;margin:2em">'
     return f"{head}{''.join(figures.values())}<pre style='white-space:pre-wrap'>{escape(plain)}</pre>\n"
+
+
+def returns(run_dir: Path, steps: Sequence[int]) -> list[float]:
+    """What the method maximises, a response's rewards in all, in the step that each evaluation precedes (the last)."""
+    lines = (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+    found = {row["step"]: row["reward/total_sum"] for row in map(json.loads, lines) if "reward/total_sum" in row}
+    return [found[min(step, max(found))] for step in steps]
 
 
 def _last(path: Path) -> float:

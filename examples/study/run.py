@@ -36,6 +36,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--methods", nargs="*", help="names in methods.py; all by default")
+    parser.add_argument("--also", nargs="*", default=[], help="METHOD:POINT, a point that was not chosen, beside it")
     parser.add_argument("--phase", choices=["start", "tune", "test", "report"], help="only this one")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -44,6 +45,8 @@ def main(words: list[str]) -> int:
         os.environ[DATA] = str(options.data.absolute())
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     chosen = [method for method in task.methods if not options.methods or method.name in options.methods]
+    by_name = {method.name: method for method in task.methods}
+    pinned = [by_name[name].pinned(int(point)) for name, _, point in (spec.partition(":") for spec in options.also)]
     phases: dict[str, Callable[[], list[Job]]] = {
         "start": lambda: [Job(task, out, "start", seed) for seed in (TUNING_SEED, *seeds)],
         "tune": lambda: [
@@ -52,7 +55,9 @@ def main(words: list[str]) -> int:
             for method in chosen
         ],
         "test": lambda: [
-            Job(task, out, "test", seed, method, choose(task, out, method)) for seed in seeds for method in chosen
+            Job(task, out, "test", seed, method, choose(task, out, method))
+            for seed in seeds
+            for method in [*chosen, *pinned]
         ],
     }
     if options.worker is not None:
@@ -66,7 +71,7 @@ def main(words: list[str]) -> int:
     if options.phase in (None, "report"):
         from examples.study.report import write_report
 
-        write_report(task, out, seeds, chosen)
+        write_report(task, out, seeds, [*chosen, *pinned])
     return 0
 
 
@@ -152,6 +157,8 @@ class Job:
 
 def choose(task: Task, out: Path, method: Method) -> int:
     """The point of a method's grid with the highest gold on the validation prompts, at the end of its run."""
+    if not method.grid:
+        return 0
     grades = [final_gold(out / "tune" / f"{method.name}-{point}") for point in range(len(method.settings()))]
     return max(range(len(grades)), key=lambda point: grades[point])
 

@@ -9,7 +9,7 @@ import pytest
 
 from examples.study import bigrams, sentiment
 from examples.study.figures import Line, draw
-from examples.study.report import contrasts, page, summarise
+from examples.study.report import collapsed, contrasts, page, summarise
 from examples.study.statistics import band, band_of, first_reach
 from examples.study.tasks import TASKS, label_pairs
 from rto_megatron.config.load import load_run
@@ -145,7 +145,7 @@ def test_resamples_that_never_get_there_make_the_band_open():
 
 def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
     base = {"samples": True, "chosen": ("--a=1",), "tried": [{"words": ("--a=1",), "gold": 1.0}], "steps": [0, 1, 2]}
-    shape = {name: [[0.0, 1.0, 2.0]] * 3 for name in ("kl", "win_rate", "length")}
+    shape = {name: [[0.0, 1.0, 2.0]] * 3 for name in ("kl", "win_rate", "length", "return")}
     found = {
         "ppo": base | shape | {"title": "PPO", "gold": [[0, 3, 2], [0, 3.5, 2], [0, 4, 2]], "score": [[0, 1, 2]] * 3},
         "rto": base | shape | {"title": "RTO", "gold": [[0, 4, 6], [0, 5, 6], [0, 4, 7]], "score": [[0, 1, 2]] * 3},
@@ -157,8 +157,25 @@ def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
     assert "| RTO - DDPO | 0.00 (0.00 to 0.00) ? | 1.17 (0.50 to 1.50) | the same DPO reward" in text
     assert "At equal samples RTO is above PPO by gold: lead 4.33 (4.00 to 5.00)." in text
     assert "RTO's mean reaches PPO's final gold after 0.23" in text  # 2 of 4.33 on the way to 10 of 20 samples
-    assert "| PPO | -1.50 (-2.00 to -1.00) | 1.00 (1.00 to 1.00) | proxy up, gold down |" in text
-    assert "| RTO | 2.00 (1.00 to 3.00) | 1.00 (1.00 to 1.00) |  |" in text
+    assert (
+        "| PPO | -1.50 (-2.00 to -1.00) | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 0 of 3 | proxy up, gold down |"
+        in text
+    )
+    assert "| RTO | 2.00 (1.00 to 3.00) | 1.00 (1.00 to 1.00) | 1.00 (1.00 to 1.00) | 0 of 3 |  |" in text
+
+
+def test_a_seed_has_collapsed_if_its_gold_fell_by_half_while_the_return_rose():
+    gold = np.array([[0, 8, 3], [0, 8, 3], [0, 8, 5]])
+    assert collapsed(gold, np.array([[0, 1, 2], [0, 2, 1], [0, 1, 2]])) == [0]
+
+
+def test_a_point_that_was_not_chosen_is_shown_as_such():
+    [rto] = [method for method in TASKS["bigrams"]().methods if method.name == "rto"]
+    beside = rto.pinned(2)
+    assert beside.name == "rto-at-2"
+    assert beside.title == "RTO, not chosen: optimizer.lr=0.001 rto.dpo_coef=1"
+    assert beside.settings() == [()]
+    assert beside.words == (*rto.words, *rto.settings()[2])
 
 
 def test_a_figure_names_each_line_at_its_end():

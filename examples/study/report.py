@@ -238,8 +238,8 @@ def _inputs(start: dict[str, Band]) -> list[str]:
 def _hacking(results: dict) -> list[str]:
     lines = [
         "Change from the middle of training to its end: of gold, of the return that the method maximises (all terms, "
-        "on training prompts), of the reward model's score. Collapsed: seeds whose gold ended below half of its highest "
-        "while the return went on rising.",
+        "on training prompts), of the reward model's score. Collapsed: seeds whose gold ended below half of its "
+        "highest while the return went on rising.",
         "",
         "| method | gold | return | score | collapsed | |",
         "|---|---|---|---|---|---|",

@@ -1,5 +1,6 @@
 """Two figures as SVG: lines with bands, named beside their ends, told apart by dashes as well as by colour."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -39,10 +40,10 @@ def draw(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" '
         f'font-size="12"><rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>'
     ]
-    for i in range(6):
-        x, y = x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5
-        parts.append(f'<text x="{px(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:.4g}</text>')
-        parts.append(f'<text x="{LEFT - 6}" y="{py(y) + 4}" text-anchor="end">{y:.3g}</text>')
+    for x in ticks(x0, x1):
+        parts.append(f'<text x="{px(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
+    for y in ticks(y0, y1):
+        parts.append(f'<text x="{LEFT - 6}" y="{py(y) + 4}" text-anchor="end">{y:g}</text>')
         parts.append(f'<path d="M{LEFT} {py(y)}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
     if level is not None:
         parts.append(f'<path d="M{LEFT} {py(level)}H{WIDTH - RIGHT}" stroke="#555555" stroke-dasharray="3 3"/>')
@@ -67,6 +68,14 @@ def draw(
         f'<text transform="translate(14 {HEIGHT / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     return "\n".join([*parts, "</svg>\n"])
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range, four to ten of them."""
+    width = (high - low) / 4 or 1
+    power = 10 ** math.floor(math.log10(width))
+    step = power * max(m for m in (1, 2, 5) if m * power <= width)
+    return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _apart(places: list[tuple[float, int]], least: float = 15) -> list[tuple[float, int]]:

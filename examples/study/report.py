@@ -19,6 +19,7 @@ NUMBERS = {"gold": "eval/grade", "kl": "eval/kl", "score": "eval/score", "win_ra
 BASELINE = "ppo"
 CONTRASTS = (
     ("rto", "ddpo", "the same DPO reward in all: on the tokens, or at the end"),
+    ("rto-at-1", "ddpo", "likewise, and with the same settings"),
     ("semi_rto", "ddpo", "the same DPO reward in all: at sentence ends, or at the end"),
     (
         "rs_ppo",

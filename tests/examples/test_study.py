@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples.study import bigrams, sentiment
-from examples.study.figures import Line, draw
+from examples.study.figures import Line, draw, ticks
 from examples.study.report import collapsed, contrasts, page, summarise
 from examples.study.statistics import band, band_of, first_reach
 from examples.study.tasks import TASKS, label_pairs
@@ -176,6 +176,12 @@ def test_a_point_that_was_not_chosen_is_shown_as_such():
     assert beside.title == "RTO, not chosen: optimizer.lr=0.001 rto.dpo_coef=1"
     assert beside.settings() == [()]
     assert beside.words == (*rto.words, *rto.settings()[2])
+
+
+def test_ticks_are_round_numbers_within_the_range():
+    assert ticks(0, 2048) == [0, 500, 1000, 1500, 2000]
+    assert ticks(-0.003, 16) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+    assert ticks(3, 3) == [3]
 
 
 def test_a_figure_names_each_line_at_its_end():

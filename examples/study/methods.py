@@ -28,9 +28,14 @@ class Method:
     def pinned(self, point: int) -> "Method":
         """The method with a point of its grid that was not chosen: shown beside it, as what it is."""
         words = self.settings()[point]
-        told = " ".join(word.removeprefix("--") for word in words)
-        title = f"{self.title}, not chosen: {told}"
+        title = f"{self.title} ({' '.join(map(_short, words))})"
         return replace(self, name=f"{self.name}-at-{point}", title=title, words=(*self.words, *words), grid=())
+
+
+def _short(word: str) -> str:
+    """`--section.name=value` without its section."""
+    name, _, value = word.partition("=")
+    return f"{name.rpartition('.')[2]}={value}"
 
 
 def methods(rates: tuple[float, float], *, dpo_rates: tuple[float, float]) -> list[Method]:

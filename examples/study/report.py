@@ -179,6 +179,8 @@ def page(results: dict) -> str:
             f"| {line['score'].mean:.2f} | {samples} |"
         )
     lines += ["", "`?`: the band includes 0, so that many seeds do not tell the two apart.", ""]
+    if any(not entry["tried"] for entry in methods.values()):
+        lines += ["Settings in brackets were not chosen by the grid: they were run after the others had been seen.", ""]
     lines += [_verdict(results), ""]
     lines += ["![Gold against samples](gold-samples.svg)", "", "![Gold against KL](gold-kl.svg)", ""]
     lines += ["## What makes the difference", "", *_differences(results), ""]

@@ -173,7 +173,7 @@ def test_a_point_that_was_not_chosen_is_shown_as_such():
     [rto] = [method for method in TASKS["bigrams"]().methods if method.name == "rto"]
     beside = rto.pinned(2)
     assert beside.name == "rto-at-2"
-    assert beside.title == "RTO, not chosen: optimizer.lr=0.001 rto.dpo_coef=1"
+    assert beside.title == "RTO (lr=0.001 dpo_coef=1)"
     assert beside.settings() == [()]
     assert beside.words == (*rto.words, *rto.settings()[2])
 

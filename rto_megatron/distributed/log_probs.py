@@ -147,6 +147,9 @@ def _merge(local: Tensor, group: Any) -> tuple[Tensor, Tensor]:
 
     With w_r the probability of rank r's part: H = sum_r w_r (H_r - log w_r). Added in rank order.
     """
+    if group.size() == 1:  # the same bits, and nothing to wait for
+        norm, entropy, logit = local.unbind(-1)
+        return norm, torch.stack((logit - norm, entropy), -1)
     parts = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(parts, local.contiguous(), group=group)
     norms, entropies, logits = torch.stack(parts).unbind(-1)

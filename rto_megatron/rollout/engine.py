@@ -217,7 +217,7 @@ class DecodeBatch:
         """Responses that have begun and not ended."""
         return len(self._live)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> list[Completion]:
         """Read their prompts and draw their first tokens; the responses that ended with it."""
         new = [_Sequence(request) for request in sorted(requests, key=lambda r: len(r.prompt))]
@@ -225,7 +225,7 @@ class DecodeBatch:
         self._live += new
         return self._retire()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(self) -> list[Completion]:
         """Draw a token for each live response; those that ended with it."""
         lengths = [sequence.num_cached for sequence in self._live]

@@ -26,8 +26,10 @@ from rto_megatron.distributed.checkpoint import (
 from rto_megatron.distributed.runtime import start_runtime, world_size
 from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
+from rto_megatron.schedule.cast import cast_of, least_ranks
 from rto_megatron.stages.child_runs import run_world
 from rto_megatron.stages.resume import TrainingRun
+from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
@@ -42,7 +44,7 @@ class Options:
     """What verify-resume takes beside the settings of the run."""
 
     ranks: int | None = None
-    """Processes of a run; null takes one replica."""
+    """Processes of a run; null takes the fewest that the config can run on."""
     steps: int = 4
     """Of the straight run."""
 
@@ -71,6 +73,7 @@ def main(path: Path | None, words: list[str]) -> int:
 
     Raises:
         ConfigError: the config is not that of a training stage, or this is one of several ranks.
+        UserError: what a run refuses before it loads a model, before anything is written.
     """
     if world_size() > 1:
         raise ConfigError("verify-resume starts its ranks itself: run it with plain python, and give --ranks=N")
@@ -80,8 +83,14 @@ def main(path: Path | None, words: list[str]) -> int:
     stage, config = load_any(path, rest)
     if not isinstance(config, TrainingRun):
         raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {stage}")
-    ranks = options.ranks or config.parallel.replica
+    ranks = options.ranks or (least_ranks(config) if isinstance(config, RTORun) else config.parallel.replica)
+    # now, rather than in a world of its own: nothing is written yet
+    check_run(config, _num_data(config, ranks))
     return Proof(stage, path, rest, config, ranks=ranks, steps=options.steps).run()
+
+
+def _num_data(config: TrainingRun, ranks: int) -> int:
+    return cast_of(config, ranks).policy.num_replicas if isinstance(config, RTORun) else config.parallel.data(ranks)
 
 
 class Proof:

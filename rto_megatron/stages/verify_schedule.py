@@ -24,7 +24,9 @@ from rto_megatron.errors import NOT_PROVEN, ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import Cast, cast_of, least_ranks
 from rto_megatron.stages.child_runs import run_world
-from rto_megatron.stages.rules import size_rules
+from rto_megatron.stages.course import prompts_of
+from rto_megatron.stages.roles import tokenizer_of
+from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
@@ -67,6 +69,7 @@ def main(path: Path | None, words: list[str]) -> int:
 
     Raises:
         ConfigError: the config is not that of rto or ppo, or this is one of several ranks.
+        UserError: what a run refuses before it loads a model, before anything is written.
     """
     if world_size() > 1:
         raise ConfigError("verify-schedule starts its ranks itself: run it with plain python, and give --ranks=N")
@@ -78,8 +81,10 @@ def main(path: Path | None, words: list[str]) -> int:
         raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {stage}")
     ranks = options.ranks or least_ranks(config)
     cast = cast_of(config, ranks)
-    for rule in size_rules(config, cast.policy.num_replicas):
-        rule.check()
+    opened = check_run(
+        config, cast.policy.num_replicas
+    )  # now, rather than in a world of its own: nothing is written yet
+    prompts_of(config, tokenizer_of(opened["policy"]))
     folder, console = config.run_dir / "verify-schedule", Console()
     shutil.rmtree(folder, ignore_errors=True)
     with writing("run_dir", folder):

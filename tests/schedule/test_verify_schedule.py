@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from rto_megatron.config.load import dump_run, load_run
-from rto_megatron.errors import ConfigError
+from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.schedule.cast import cast_of
 from tests.ranks import run_ranks
 from tests.stages.chain import words_of
@@ -90,6 +90,23 @@ def options(words):
 )
 def test_options_are_checked(word, says):
     assert says in options([word])
+
+
+@pytest.mark.parametrize(
+    ("lacks", "says"),
+    [
+        ("--reference=RUN/none", r"RUN/none: there is no such run folder"),
+        ("--data.train=RUN/none.jsonl", r"RUN/none\.jsonl: "),
+    ],
+)
+def test_what_a_run_would_refuse_is_refused_before_anything_is_written(lacks, says, chain, tmp_path):
+    from rto_megatron.stages.verify_schedule import main
+
+    path, run = tmp_path / "rto.yaml", tmp_path / "run"
+    path.write_text(dump_run(config(chain, f"--run_dir={run}")))
+    with pytest.raises(UserError, match=says.replace("RUN", str(run))):
+        main(path, ["--ranks=2", lacks.replace("RUN", str(run))])
+    assert not run.exists()
 
 
 def prove(path):

@@ -9,7 +9,7 @@ import torch
 
 from rto_megatron.config.load import dump_run, load_run
 from rto_megatron.distributed.checkpoint import relative_difference
-from rto_megatron.errors import ConfigError
+from rto_megatron.errors import CheckpointError, ConfigError
 from tests.ranks import run_ranks
 from tests.stages.chain import words_of
 
@@ -65,6 +65,16 @@ def test_options_are_checked(word, says):
 
     with pytest.raises(ConfigError, match=says):
         main(None, [word])
+
+
+def test_what_a_run_would_refuse_is_refused_before_anything_is_written(chain, tmp_path):
+    from rto_megatron.stages.verify_resume import main
+
+    path, run = tmp_path / "rto.yaml", tmp_path / "run"
+    path.write_text(dump_run(load_run("rto", None, [*words_of("rto", chain), f"--run_dir={run}"])))
+    with pytest.raises(CheckpointError, match="none: there is no such run folder"):
+        main(path, [f"--reference={run / 'none'}"])
+    assert not run.exists()
 
 
 def prove(path):

@@ -31,6 +31,13 @@ def test_in_float32(num, words):
     assert_close(on_device(num, words, packed="context" not in words), on_cpu(), **EXACT)
 
 
+@every_layout
+def test_in_bfloat16_on_local_layers(num, words):
+    found = on_device(num, words, {"dtype": "bfloat16"}, packed="context" not in words, local=True)
+    assert not found["policy is fused"]
+    assert_close(found, on_cpu(), **BFLOAT16)
+
+
 @on_engine
 def test_in_bfloat16_on_transformer_engine(num, words):
     found = on_device(num, words, {"dtype": "bfloat16"}, packed="context" not in words)

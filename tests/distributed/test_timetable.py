@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rto_megatron.config.model import ModelConfig
+from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.distributed.timetable import Beat, Instruction, beats, scoring_plan, source, timetable, training_plan
+from rto_megatron.errors import ConfigError
+from rto_megatron.models.footprint import activation_bytes
 
 LAYOUTS = {"num": st.integers(0, 13), "num_stages": st.integers(1, 6), "num_chunks": st.integers(1, 4)}
 
@@ -134,3 +138,31 @@ def test_chunks_shorten_the_time_that_stages_wait(num, num_stages):
         for chunks in (1, 2, 4)
     ]
     assert waits == sorted(waits, reverse=True) and waits[0] > waits[-1]
+
+
+def test_virtual_stages_need_a_pipeline_and_layers_for_all_of_them():
+    with pytest.raises(
+        ValueError, match=r"parallel\.virtual_stages 2 needs parallel\.pipeline > 1, got pipeline 1; set"
+    ):
+        ParallelConfig(virtual_stages=2)
+    parallel = ParallelConfig(pipeline=2, virtual_stages=3)
+    parallel.check_model(ModelConfig(num_layers=6, vocab_size=64))
+    with pytest.raises(ConfigError, match=r"virtual_stages must divide model\.num_layers 4, got 2 x 3"):
+        parallel.check_model(ModelConfig(num_layers=4, vocab_size=64))
+
+
+@given(num_stages=st.integers(2, 5), num_chunks=st.integers(1, 4))
+def test_memory_is_foretold_for_the_chunks_that_wait_on_the_first_stage(num_stages, num_chunks):
+    plan, waiting, most = training_plan(8 * num_stages, 0, num_stages, num_chunks), 0, 0
+    for kind, *_ in plan:
+        waiting += 1 if kind == "F" else -1
+        most = max(most, waiting)
+    model = ModelConfig(num_layers=10 * num_stages * num_chunks, vocab_size=64)
+    told = [
+        activation_bytes(model, ParallelConfig(**layout), ComputeConfig(), tokens=tokens)
+        for tokens in (100, 200)
+        for layout in ({}, {"pipeline": num_stages, "virtual_stages": num_chunks})
+    ]
+    # what grows with the tokens, in shares of all layers: the rest is there once
+    share = (told[3] - told[1]) / (told[2] - told[0])
+    assert share == pytest.approx(most / (num_stages * num_chunks), rel=0.05)

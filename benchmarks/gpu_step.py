@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -243,6 +244,8 @@ def measure(model: str, parts: Sequence[str], *, small: bool, out: Path | None) 
     from rto_megatron.distributed.runtime import inspect_hardware
 
     hardware, sizes = inspect_hardware(), SIZES[small]
+    if not hardware.num_gpus and not small:
+        sys.exit("there is no NVIDIA GPU here; to see that it works on a CPU: --model=1M --small --out=FOLDER")
     found: dict[str, Any] = {"machine": where(), "model": model, "sizes": sizes}
     if "train" in parts:
         found["train"] = run_part("train", model, sizes)

@@ -6,7 +6,7 @@ one schedule with one cost, and differ by what a simulation leaves out: messages
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,9 +39,15 @@ class Play:
         """Nothing of it has happened."""
         return self.workload.begin(self.sizes, self.placement, staleness=self.staleness, early=self.early)
 
-    def simulate(self, cost: Cost | None = None, *, latency: float = 0.0) -> list[Row]:
+    def simulate(
+        self,
+        cost: Cost | None = None,
+        *,
+        latency: float = 0.0,
+        scored_by: Mapping[tuple[int, int, int], int] | None = None,
+    ) -> list[Row]:
         """What the simulator says, if it thinks that the items have another cost."""
-        return simulate(*self.begin(), cost or self.cost, latency=latency)
+        return simulate(*self.begin(), cost or self.cost, latency=latency, scored_by=scored_by)
 
 
 def rehearse(play: Play, groups: Sequence[Sequence[int]]) -> list[Row]:

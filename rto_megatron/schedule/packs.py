@@ -1,6 +1,6 @@
 """Packs that wait to be scored, by group; and which of them a busy group leaves to a free one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rto_megatron.schedule.lane import Pack
 from rto_megatron.schedule.placement import RoleMap
@@ -18,6 +18,8 @@ class WaitingPacks:
         self._of: dict[int, list[Pack]] = {group: [] for group in placement.scorers}
         self._given: set[tuple[int, int, int]] = set()
         """Step, lane and number of those that are not their owner's any more."""
+        self.scored_by: Mapping[tuple[int, int, int], int] | None = None
+        """Step, lane and number of every pack -> the group to score it, where a trace is followed."""
 
     def of(self, group: int) -> Sequence[Pack]:
         """Those that the group is to score, in the order in which they came to it."""
@@ -46,6 +48,9 @@ class WaitingPacks:
             may_take: whether a group has time for a pack and may score it.
         """
         own = [pack for pack in ready if _key(pack) not in self._given]
+        if self.scored_by is not None:
+            to = self.scored_by
+            return next(((pack, to[_key(pack)]) for pack in own if to[_key(pack)] != group), None)
         if len(own) <= kept:
             return None
         pack = own[kept]

@@ -98,6 +98,10 @@ class Schedule:
         self._refits: Counter[tuple[int, str]] = Counter()
         self._packs = WaitingPacks(placement, num_lanes=sizes.lanes)
 
+    def follow(self, scored_by: Mapping[tuple[int, int, int], int]) -> None:
+        """Give packs to the groups that scored them in a trace, by step, lane and number, not to who is free."""
+        self._packs.scored_by = scored_by
+
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""

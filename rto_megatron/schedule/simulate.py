@@ -5,7 +5,7 @@ makes the decisions of a real one.
 """
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 
 from rto_megatron.schedule.policy import Schedule
@@ -50,15 +50,25 @@ class Responses:
         return Load([prompts[sample] + lengths[sample] for sample in mine])
 
 
-def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: float = 0.0) -> list[Row]:
+def simulate(
+    schedule: Schedule,
+    responses: Responses,
+    cost: Cost,
+    *,
+    latency: float = 0.0,
+    scored_by: Mapping[tuple[int, int, int], int] | None = None,
+) -> list[Row]:
     """Run it to its end.
 
     Args:
         latency: seconds from the end of an item until its group, or another, may act on it.
+        scored_by: who scored each pack in a trace that is replayed (`scorers_of`); None leaves it to the schedule.
 
     Returns:
         A row an item and group, in the order in which they ended.
     """
+    if scored_by is not None:
+        schedule.follow(scored_by)
     rows: list[Row] = []
     events: list[tuple[float, int, Item, tuple[int, ...], dict[int, int]]] = []
     arrived: dict[tuple, set[int]] = {}
@@ -93,7 +103,7 @@ def simulate(schedule: Schedule, responses: Responses, cost: Cost, *, latency: f
 
 
 def replay(rows: Sequence[Row]) -> Cost:
-    """The cost that each item had in a trace; packs may be given to others there than here."""
+    """The cost that each item had in a trace; a pack has it whoever scores it here."""
     seconds = {row.key: row.seconds for row in rows}
     packs = {row.key[1:]: row.seconds for row in rows if row.kind == "score"}
 
@@ -101,3 +111,12 @@ def replay(rows: Sequence[Row]) -> Cost:
         return packs[item.key] if item.kind == "score" else seconds[(group, *item.key)]
 
     return cost
+
+
+def scorers_of(rows: Sequence[Row]) -> dict[tuple[int, int, int], int]:
+    """Step, lane and number of each pack of a trace -> the group that scored it.
+
+    Which of two groups came free first may hang on less time than a replay knows of: so that much is taken from the
+    trace.
+    """
+    return {(row.step, row.lane, row.number): row.group for row in rows if row.kind == "score"}

@@ -82,11 +82,11 @@ class Notes:
     lengths: dict[int, dict[int, int]] = field(default_factory=dict)
     """Step -> tokens of each response."""
 
-    def simulate(self, cost: Cost, *, latency: float) -> list[Row]:
+    def simulate(self, cost: Cost, *, latency: float, scored_by: dict) -> list[Row]:
         """The same schedule, simulated."""
         schedule = Schedule(self.placement, self.sizes, self.known.__getitem__, **self.more)
         responses = Responses(lambda step: self.known[step].prompt_tokens, self.lengths.__getitem__)
-        return simulate(schedule, responses, cost, latency=latency)
+        return simulate(schedule, responses, cost, latency=latency, scored_by=scored_by)
 
 
 def train_with_notes(chain, settings: list[str]) -> Notes:

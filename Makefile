@@ -67,14 +67,15 @@ $(VENV)/.bench: $(VENV)/.installed
 # Models are made once for the benchmarks that share them.
 BENCH_INPUTS := $(or $(TMPDIR),/tmp)/rto_megatron-bench-$(shell id -u)
 
-bench: $(VENV)/.bench ## ours beside TRL, the paper's loop and transformers; share of the matmul peak (about 12 minutes)
+bench: $(VENV)/.bench ## ours beside TRL, the paper's loop and transformers; share of the matmul peak (about 13 minutes)
 	rm -rf $(BENCH_INPUTS)
-	$(PY) -m benchmarks.trl_ppo --inputs $(BENCH_INPUTS)
+	$(PY) -m benchmarks.trl_ppo --models 1M --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.paper_loop --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.throughput
 	$(PY) -m benchmarks.decode
 
 bench-more: $(VENV)/.bench ## one setting at a time; cost against tokens, size and ranks; what schedule and packing cost
+	$(PY) -m benchmarks.trl_ppo --models 8M --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.ablation --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.scaling --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.packing

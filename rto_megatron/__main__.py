@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from rto_megatron import __version__
 from rto_megatron.config.load import load_run
@@ -87,13 +88,22 @@ def _run(stage: str, words: list[str]) -> int:
         elif stage != "doctor":  # which tells what keeps Megatron from being imported
             import_megatron()
         return importlib.import_module(f"rto_megatron.{COMMANDS[stage]}").main(path, words)
-    config = load_run(stage, path, words)
+    config = _load(stage, path, words)
     import_megatron()  # before a stage imports parts of it
     module = importlib.import_module(f"rto_megatron.stages.{'rto' if stage == 'ppo' else stage}")
     runtime = start_runtime(threads=config.compute.threads, deterministic=config.compute.deterministic)
     module.run(config, runtime)
     stop_runtime()
     return 0
+
+
+def _load(stage: str, path: Path | None, words: list[str]) -> Any:
+    try:
+        return load_run(stage, path, words)
+    except ConfigError as error:
+        if path is None or not path.is_file():
+            raise
+        raise ConfigError(f"{error}\n(`python -m rto_megatron doctor {path}` lists all mistakes at once)") from None
 
 
 if __name__ == "__main__":

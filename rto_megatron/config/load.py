@@ -76,7 +76,7 @@ def load_despite_mistakes(yaml_path: Path | None, words: Sequence[str]) -> tuple
         try:
             return stage, _build(stage, rest, yaml_path), mistakes
         except ConfigError as error:
-            culprits = {word.key for word in rest if str(error).startswith(f"{word.origin}: {word.key} ")}
+            culprits = {word.key for word in rest if _is_about(str(error), word)}
             if culprits or not any(f": {key} " in str(error) for key in wrong):  # else it follows from one before
                 mistakes.append(error)
             if not culprits:
@@ -119,6 +119,11 @@ def _split_stage(words: Sequence[Word]) -> tuple[Word | None, list[Word]]:
 
 def _one_of_the_stages(got: str) -> str:
     return f"the stage must be one of {', '.join(STAGES)}, got {got!r}"
+
+
+def _is_about(message: str, word: Word) -> bool:
+    """Whether a message begins with the word's setting, behind the origin of that and maybe of others."""
+    return re.match(rf"{re.escape(word.origin)}(, [\w.]+ from [^;]*?)?: {re.escape(word.key)} ", message) is not None
 
 
 def _infer_stage(words: Sequence[Word], yaml_path: Path | None) -> str:
@@ -223,17 +228,31 @@ class _Settings:
                 raise ConfigError(f"{self.source}: {key} must be set; write it in the file or add --{key}=...")
 
     def _located(self, message: str, config_class: type, prefix: str) -> str:
-        """Put the origin of the field that `message` begins with in front of it.
+        """Put the origin of the field that `message` begins with in front of it, and those of others that it names.
 
         A class that serves two sections (OptimizerConfig) knows only one of their names, so the name is set right too.
+        Where nobody set the first field, the mistake is in what was said of the others.
         """
         named = re.match(r"[\w.]+", message)
         key = named.group() if named else ""
         name = key.rpartition(".")[2]
         if prefix and name in {field.name for field in fields(config_class)}:
             message, key = f"{prefix}{name}{message[len(key) :]}", prefix + name
-        origin = self.words[key].origin if key in self.words else self.source
-        return f"{origin}: {message}"
+        origins = {other: origin for other in [key, *self._named(message)] if (origin := self._origin(other))}
+        if not origins:
+            return f"{self.source}: {message}"
+        first, *others = origins.items()
+        more = "".join(f", {other} from {origin}" for other, origin in others if origin != first[1])
+        return f"{first[1]}{more}: {message}"
+
+    def _named(self, message: str) -> list[str]:
+        """The dotted settings that a message names before its way out; bare names may be plain English words."""
+        return [name for name in re.findall(r"\w+(?:\.\w+)+", message.partition(";")[0]) if name in self.kinds]
+
+    def _origin(self, key: str) -> str:
+        """Where a setting, or the last field of a section, was said; empty where nowhere."""
+        said = [word.origin for name, word in self.words.items() if name == key or name.startswith(f"{key}.")]
+        return said[-1] if said else ""
 
 
 def _fields_below(config_class: type, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -286,10 +305,10 @@ def _convert(word: Word, kind: Any) -> Any:
         if spec.choices is not None and texts[0] not in spec.choices:
             raise ValueError
         value = spec.instance_from_str(texts)
-        if bare is float and not math.isfinite(value):
-            raise ValueError
     except ValueError:
         raise ConfigError(f"{word.origin}: {word.key} must be {_described(kind)}, got {word.shown()}") from None
+    if bare is float and not math.isfinite(value):
+        raise ConfigError(f"{word.origin}: {word.key} must be finite, got {word.shown()}")
     # The shell expands `~` only where a word begins with it, and never inside a YAML file.
     return value.expanduser() if isinstance(value, Path) else value
 

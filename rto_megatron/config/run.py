@@ -222,10 +222,11 @@ class RTORun:
                 f"critic_lora must be null without a critic (advantage.estimator {self.advantage.estimator}); delete it"
             )
         for name in ("lora", "critic_lora"):
-            if getattr(self, name) is not None and self.schedule.map == "split":
+            lora = getattr(self, name)
+            if lora is not None and self.schedule.map == "split":
                 raise ValueError(
-                    f"{name} must be null with schedule.map split, whose ranks hold copies of what is trained; "
-                    "take another map, or set it to null"
+                    f"{name} must be null with schedule.map split, got rank {lora.rank}: its ranks hold copies of what "
+                    "is trained; take another map, or set it to null"
                 )
         if self.rollout.temperature == 0:
             raise ValueError(

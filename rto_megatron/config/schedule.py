@@ -34,8 +34,9 @@ class ScheduleConfig:
     step old. The loss is then decoupled PPO with truncated importance weights (ppo.importance_cap). Split only."""
     minibatches: Literal["random", "logical"] = "random"
     """`random`: minibatches of a seeded shuffle, advantages whitened over the step, as in the paper's code. `logical`:
-    in the order in which responses end, counted in decode steps, each minibatch whitened by itself; the split map then
-    trains the first while the last is being written. Short responses come first, so learning differs."""
+    in the order in which responses end, counted in decode steps, each minibatch whitened by itself: the same on every
+    map, `sequential` too, but only the split map then trains the first while the last is being written. Short responses
+    come first, so learning differs."""
     lanes: int | None = None
     """Decode batches of rollout.max_slots sequences; null takes the fewest that all replicas can share. The same
     number gives the same decode batches, and so the same bits, on every map."""
@@ -70,7 +71,10 @@ class ScheduleConfig:
     def _check_split(self) -> None:
         if self.map == "split":
             if self.rollout_ranks == 0:
-                raise ValueError("schedule.rollout_ranks must be 1 or more with schedule.map split, got 0")
+                raise ValueError(
+                    "schedule.rollout_ranks must be 1 or more with schedule.map split, got 0; set it to the ranks that "
+                    "are to write responses, or take another map"
+                )
             if self.score != "train" and self.rollout is not None:
                 raise ValueError(
                     f"schedule.score must be train where schedule.rollout gives a layout of its own, got {self.score}: "
@@ -87,7 +91,13 @@ class ScheduleConfig:
             ):
                 value = getattr(self, name)
                 if value != default:
-                    got = "a layout" if isinstance(value, ParallelConfig) else value
-                    raise ValueError(f"schedule.{name} needs schedule.map split, got {got} with {self.map}")
+                    got = value.sizes if isinstance(value, ParallelConfig) else value
+                    raise ValueError(
+                        f"schedule.{name} needs schedule.map split, got {got} with schedule.map {self.map}; set "
+                        f"schedule.map to split, or schedule.{name} to {'null' if default is None else default}"
+                    )
         if self.critic is not None and self.critic_ranks == 0:
-            raise ValueError("schedule.critic needs schedule.critic_ranks of 1 or more, got 0")
+            raise ValueError(
+                f"schedule.critic needs schedule.critic_ranks of 1 or more, got {self.critic.sizes} and 0 ranks; set "
+                "schedule.critic_ranks, or schedule.critic to null"
+            )

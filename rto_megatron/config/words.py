@@ -1,5 +1,6 @@
 """Where settings come from: a YAML file and the command line, both as words that name their origin."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ EMPTY_SECTION = "{}"
 
 _MERGE = "tag:yaml.org,2002:merge"
 """What YAML 1.1 calls the key `<<`."""
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?|[+-]?(nan|inf)", re.IGNORECASE)
+"""What a reader takes for a number without quotes too."""
 
 _NULLS = ("", "~", "null", "Null", "NULL", "None")
 """What YAML reads as null, and tyro's and Python's own word for it."""
@@ -42,7 +46,9 @@ class Word:
         """The value as messages quote it."""
         if self.is_null:
             return "null"
-        return str(list(self.texts)) if self.is_list else repr(self.texts[0])
+        if self.is_list:
+            return str(list(self.texts))
+        return self.texts[0] if _NUMBER.fullmatch(self.texts[0]) else repr(self.texts[0])
 
 
 def words_of_yaml(path: Path) -> list[Word]:

@@ -127,14 +127,18 @@ class Report:
             for table in section.tables:
                 console.say()
                 console.table(table.title, table.columns, table.rows)
-        counts = [sum(finding.level == level for finding in self.findings) for level in LEVELS]
-        ok, notes, warnings, errors = counts
-        verdict = "this run would be refused or fail" if errors else "this run would start"
-        console.say(f"\n{verdict}: {errors} errors, {warnings} warnings, {notes} notes, {ok} checks passed")
+        counts = {level: sum(finding.level == level for finding in self.findings) for level in LEVELS}
+        verdict = "this run would be refused or fail" if counts["error"] else "this run would start"
+        told = [_counted(counts[level], level) for level in ("error", "warning", "note")]
+        console.say(f"\n{verdict}: {', '.join(told)}, {_counted(counts['ok'], 'check')} passed")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {"exit_code": self.exit_code, "sections": [asdict(section) for section in self.sections]}
+
+
+def _counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
 
 
 def in_units(num_bytes: float) -> str:

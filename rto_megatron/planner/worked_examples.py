@@ -273,6 +273,9 @@ def schedule_model_page() -> str:
         "its order gains (`schedule/pipeline_time.py`), not the published factor of 1.4. Proximal log-probs cost",
         "nothing in rows 8c and 9, where the published ones are interpolated.",
         "",
+        "In a config (see [schedule.md](schedule.md)): early minibatches are `schedule.minibatches: logical`, one step",
+        "off is `schedule.staleness: 1`, and streamed scoring is what every split map does.",
+        "",
         "| case | row | what | published, s | ours, s | ratio | of rows |",
         "|---|---|---|---|---|---|---|",
     ]

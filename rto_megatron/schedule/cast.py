@@ -88,7 +88,7 @@ def cast_of(config: RTORun, world: int) -> Cast:
     if training < 1:
         raise ConfigError(
             f"schedule.rollout_ranks {plan.rollout_ranks} and schedule.critic_ranks {plan.critic_ranks} leave no rank "
-            f"of {world} to train the policy; start more ranks, or set fewer"
+            f"of {world} to train the policy; start {least_ranks(config)} ranks or more, or set fewer"
         )
     writing = training + plan.rollout_ranks
     policy = _troupe("parallel", parallel, range(training))

@@ -232,7 +232,10 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     try:
         *lines, last = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(f"{path}: a trace must be a readable file of JSON lines, got: {error}") from None
+        raise DataError(
+            f"{path}: a trace must be a readable file of JSON lines, got: {error.strerror or error}; name the "
+            "folder of a run, or a file that `simulate --trace=FILE` wrote"
+        ) from None
     rows, notes = [], []
     for number, line in enumerate(lines, 1):
         # The next start goes on in the half line; rows are flat, so the last brace begins the whole one.

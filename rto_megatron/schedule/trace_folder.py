@@ -58,7 +58,9 @@ def read_starts(folder: Path) -> tuple[list[list[Row]], list[str]]:
 def _files(folder: Path) -> dict[int, Path]:
     """Rank -> its file."""
     if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such run folder")
+        raise DataError(
+            f"{folder}: there is no such run folder; name that of an rto or ppo run, relative to the working directory"
+        )
     for parent in (folder / "trace", folder):
         found = {path: re.fullmatch(r"rank_(\d+)\.jsonl", path.name) for path in parent.glob("rank_*.jsonl")}
         if files := {int(match[1]): path for path, match in found.items() if match}:

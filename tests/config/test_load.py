@@ -198,15 +198,15 @@ BAD_FILES = {
     ),
     "a key of another section": (SFT + "lr: 1\n", r"RUN\.yaml:4: lr is not a setting; did you mean optimizer\.lr\?"),
     "text for a number": (SFT + "optimizer: {lr: fast}\n", r"RUN\.yaml:4: optimizer\.lr must be a number, got 'fast'"),
-    "not a number": (SFT + "optimizer: {lr: nan}\n", r"RUN\.yaml:4: optimizer\.lr must be a number, got 'nan'"),
-    "a fraction": (SFT + "seed: 1.5\n", r"RUN\.yaml:4: seed must be a whole number, got '1\.5'"),
+    "not a number": (SFT + "optimizer: {lr: nan}\n", r"RUN\.yaml:4: optimizer\.lr must be finite, got nan"),
+    "a fraction": (SFT + "seed: 1.5\n", r"RUN\.yaml:4: seed must be a whole number, got 1\.5"),
     "text for an optional number": (
         SFT + "train: {max_steps: all}\n",
         r"RUN\.yaml:4: train\.max_steps must be a whole number or null, got 'all'",
     ),
     "text for a switch": (
         SFT + "model: {qkv_bias: 2}\n",
-        r"RUN\.yaml:4: model\.qkv_bias must be true or false, got '2'",
+        r"RUN\.yaml:4: model\.qkv_bias must be true or false, got 2",
     ),
     "an unknown choice": (
         SFT + "compute: {dtype: fp16}\n",
@@ -219,7 +219,7 @@ BAD_FILES = {
     ),
     "a value for a section": (
         SFT + "train: 5\n",
-        r"RUN\.yaml:4: train is a section, got '5'; set its fields: batch_size, num_epochs, max_steps, eval_every",
+        r"RUN\.yaml:4: train is a section, got 5; set its fields: batch_size, num_epochs, max_steps, eval_every",
     ),
     "a list of lists": (SFT + "seed: [[1]]\n", r"RUN\.yaml:4: seed must be a list of plain values"),
     "a mapping in itself": (
@@ -311,6 +311,38 @@ def test_a_rule_over_several_fields_points_at_the_first(tmp_path):
     message = r"rto\.yaml:1: samples_per_optimizer_step must divide the 32 samples of a step"
     with pytest.raises(ConfigError, match=message):
         load_run("rto", path, REQUIRED["rto"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        (
+            "seed: 1",
+            ["--schedule.map=split"],
+            r"^command line: schedule\.rollout_ranks must be 1 or more with schedule\.map split, got 0; set it to",
+        ),
+        (
+            "lora: {rank: 8}",
+            ["--schedule.map=split", "--schedule.rollout_ranks=1"],
+            r"rto\.yaml:1, schedule\.map from command line: lora must be null with schedule\.map split, got rank 8",
+        ),
+        (
+            "schedule:\n  map: split\n  rollout_ranks: 1",
+            ["--schedule.critic.tensor=2"],
+            r"^command line: schedule\.critic needs .* got tensor 2 x pipeline 1 and 0 ranks; set",
+        ),
+        (
+            "schedule: {map: colocated}",
+            ["--schedule.rollout.tensor=2"],
+            r"^command line, schedule\.map from .*rto\.yaml:1: schedule\.rollout needs .* got tensor 2",
+        ),
+    ],
+)
+def test_a_rule_over_several_fields_names_where_each_was_said(text, words, message, tmp_path):
+    path = tmp_path / "rto.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_run("rto", path, [*REQUIRED["rto"], *words])
 
 
 def test_a_rule_about_a_field_that_nobody_set_points_at_the_file(tmp_path):

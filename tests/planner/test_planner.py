@@ -389,7 +389,10 @@ def test_bytes_of_new_weights_are_those_of_who_received_them():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--schedule.staleness=1"], "schedule.staleness needs schedule.map split, got 1 with sequential"),
+        (
+            ["--schedule.staleness=1"],
+            "schedule.staleness needs schedule.map split, got 1 with schedule.map sequential; set",
+        ),
         (["--schedule.map=split", "--schedule.rollout_ranks=2", "--ranks=2"], "leave no rank of 2 to train the policy"),
         (["--parallel.tensor=2", "--ranks=3"], "does not divide its 3 ranks"),
         (["--ranks=0"], "ranks must be 1 or more or null, got 0"),

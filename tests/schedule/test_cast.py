@@ -67,7 +67,11 @@ def test_the_fewest_ranks_are_one_replica_and_what_is_asked_for_beside_it():
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
-        (SPLIT, 2, r"schedule.rollout_ranks 2 and schedule.critic_ranks 0 leave no rank of 2 to train the policy"),
+        (
+            SPLIT,
+            2,
+            r"critic_ranks 0 leave no rank of 2 to train the policy; start 4 ranks or more",
+        ),
         (SPLIT, 5, r"parallel: tensor 2 x pipeline 1 does not divide its 3 ranks; give it a multiple of 2"),
         (
             [*SPLIT, "--schedule.critic_ranks=1"],
@@ -91,13 +95,22 @@ def test_what_cannot_be_dealt_out_is_the_users_mistake(words, world, message):
     ("words", "message"),
     [
         (["--schedule.map=split"], "schedule.rollout_ranks must be 1 or more with schedule.map split, got 0"),
-        (["--schedule.rollout.tensor=2"], "schedule.rollout needs schedule.map split, got a layout with sequential"),
-        (["--schedule.rollout_ranks=1"], "schedule.rollout_ranks needs schedule.map split, got 1 with sequential"),
+        (
+            ["--schedule.rollout.tensor=2"],
+            "schedule.rollout needs schedule.map split, got tensor 2 x pipeline 1 with schedule.map sequential",
+        ),
+        (
+            ["--schedule.rollout_ranks=1"],
+            "schedule.rollout_ranks needs schedule.map split, got 1 with schedule.map sequential; set",
+        ),
         (
             ["--schedule.map=fused", "--schedule.staleness=1"],
-            "schedule.staleness needs schedule.map split, got 1 with fused",
+            "schedule.staleness needs schedule.map split, got 1 with schedule.map fused",
         ),
-        ([*SPLIT, "--schedule.critic.tensor=1"], "schedule.critic needs schedule.critic_ranks of 1 or more, got 0"),
+        (
+            [*SPLIT, "--schedule.critic.tensor=1"],
+            "schedule.critic needs schedule.critic_ranks of 1 or more, got tensor 1 x pipeline 1 and 0 ranks",
+        ),
         (
             [*SPLIT, "--schedule.rollout.tensor=1", "--schedule.score=all"],
             "schedule.score must be train where schedule.rollout gives a layout of its own, got all",

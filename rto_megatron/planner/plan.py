@@ -43,7 +43,7 @@ class Options:
     offload_frozen: bool = False
     """Frozen roles in host memory while they do not score."""
     shown: int = 5
-    """Rows of the table."""
+    """Of the fastest, in the table; the best of each other map follows."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "samples", "minibatch", "prompt_tokens", "max_new_tokens", "shown"):
@@ -87,8 +87,25 @@ def _show(
     console: Console, options: Options, found: list[Planned], model: ModelConfig, gpu: Gpu, workload: Workload
 ) -> None:
     num_gpus, best = options.nodes * GPUS_PER_NODE, found[0]
+    lengths = workload.lengths(0, options.samples)
+    console.say(
+        f"A step: {options.samples} responses in minibatches of {options.minibatch}; prompts of "
+        f"{options.prompt_tokens} tokens, responses of log-normal length, {sum(lengths) / len(lengths):.0f} on average, "
+        f"{max(lengths)} at most."
+    )
     console.say("Rooflines, nothing measured: seconds are good to about a quarter, ratios to about a tenth.\n")
-    columns = ["map", "engine TP", "train TP", "train CP", "train PP", "slots", "seconds", "idle", "overlap"]
+    columns = [
+        "map",
+        "engine TP",
+        "train TP",
+        "train CP",
+        "train PP",
+        "slots",
+        "seconds",
+        "idle",
+        "overlap",
+        "slower by",
+    ]
     rows = [
         (
             planned.candidate.name,
@@ -98,10 +115,11 @@ def _show(
             planned.candidate.layout.pipeline,
             planned.slots,
             planned.timed.seconds,
-            planned.timed.idle / planned.timed.seconds,
-            planned.timed.overlap,
+            f"{planned.timed.idle / planned.timed.seconds:.1%}",
+            f"{planned.timed.overlap:.1%}",
+            f"{planned.timed.seconds / best.timed.seconds - 1:.1%}",
         )
-        for planned in found[: options.shown]
+        for planned in _shown(found, options.shown)
     ]
     console.table(f"{options.model} on {num_gpus} {options.gpu}: seconds per step", columns, rows)
     console.say(f"best: {_described(best)}")
@@ -113,7 +131,6 @@ def _show(
     console.say("")
     show_phases(console, best.timed)
     show_memory(console, best.memory, limit=gpu.memory)
-    lengths = workload.lengths(0, options.samples)
     sizes = Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
     work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=_roles(options))
     alone = longest_chain(
@@ -126,6 +143,18 @@ def _show(
         staleness=best.candidate.staleness,
     )
     show_bounds(console, best.timed, work=work, alone=alone)
+
+
+def _shown(found: list[Planned], count: int) -> list[Planned]:
+    """The fastest, then the best of each map that is not among them, with and without staleness."""
+
+    def kind(planned: Planned) -> tuple[str, int]:
+        return planned.candidate.placement.name, planned.candidate.staleness
+
+    best = {kind(planned): planned for planned in reversed(found)}
+    shown = {kind(planned) for planned in found[:count]}
+    others = (planned for planned in found[count:] if planned is best[kind(planned)])
+    return found[:count] + [planned for planned in others if kind(planned) not in shown]
 
 
 def _described(planned: Planned) -> str:

@@ -46,11 +46,12 @@ def timed(rows: Sequence[Row], ranks: Sequence[int], *, staleness: int) -> Timed
 
 def show_phases(console: Console, found: Timed) -> None:
     """A line a phase."""
-    rows = [(kind, seconds, seconds / found.seconds) for kind, seconds in found.phases.items() if seconds > 0]
+    told = {kind: seconds for kind, seconds in found.phases.items() if seconds > 0}
+    told |= {"idle": found.idle, "sum": found.seconds}
     console.table(
         "a step by phase, mean of all ranks",
         ["phase", "seconds", "share"],
-        [*rows, ("idle", found.idle, found.idle / found.seconds), ("sum", found.seconds, 1.0)],
+        [(phase, seconds, f"{seconds / found.seconds:.1%}") for phase, seconds in told.items()],
     )
     console.say(f"ranks run different phases at once in {found.overlap:.0%} of the time\n")
 
@@ -82,7 +83,18 @@ def show_bounds(console: Console, found: Timed, *, work: float, alone: float) ->
         f"bound of any schedule: {max(work, alone):.3g} s (all work without a gap {work:.3g} s, the longest response "
         f"alone {alone:.3g} s); this one takes {found.seconds / max(work, alone):.2f} times that"
     )
+    counted = sum(found.phases[kind] for kind in ("prefill", "decode", "score", "train"))
+    console.say(
+        f"of its {found.seconds:.3g} s, {counted:.3g} s are the work that the bound counts, in layouts and batches as "
+        f"they are (communication, pipeline bubbles, few responses at once); {found.idle:.3g} s are waiting; "
+        f"{found.seconds - counted - found.idle:.3g} s are what the bound leaves out: {', '.join(_left_out(found))}"
+    )
     console.say(f"what binds: {what_binds(found, alone)}")
+
+
+def _left_out(found: Timed) -> list[str]:
+    kinds = ("proximal", "advantage", "optimizer", "refit", "boundary")
+    return [f"{kind} {found.phases[kind]:.2g}" for kind in kinds if found.phases[kind] > 0] or ["nothing"]
 
 
 def what_binds(found: Timed, alone: float) -> str:

@@ -215,11 +215,17 @@ def test_plan_prints_maps_phases_memory_bound_and_what_binds(model, capsys):
     words = [*model, "--samples=64", "--minibatch=16", "--prompt_tokens=64", "--max_new_tokens=128"]
     assert main(["plan", *words]) == 0
     printed = capsys.readouterr().out
+    assert "A step: 64 responses in minibatches of 16; prompts of 64 tokens, responses of log-normal length" in printed
     assert "Rooflines, nothing measured" in printed
+    for name in ("colocated", "fused", "split"):
+        assert re.search(rf"^\| {name}", printed, re.M), name
     assert "llama3-1b on 8 h100: seconds per step" in printed
     best = float(re.search(r"best: .* training TP \d x PP \d: ([\d.e-]+) s a step", printed)[1])
     assert re.search(r"next best map: .* \d+% slower", printed)
     check_told(printed, seconds=best)
+
+
+PARTS = r"s, ([\d.e-]+) s are the work .*; ([\d.e-]+) s are waiting; ([\d.e-]+) s are what the bound leaves out"
 
 
 def check_told(printed, *, seconds):
@@ -232,6 +238,8 @@ def check_told(printed, *, seconds):
     assert "the fullest rank needs" in printed
     bound = float(re.search(r"bound of any schedule: ([\d.e-]+) s \(all work without a gap", printed)[1])
     assert bound <= seconds
+    counted, waiting, rest = map(float, re.search(PARTS, printed).groups())
+    assert counted + waiting + rest == pytest.approx(seconds, rel=0.02)
     assert "what binds: " in printed
 
 

@@ -90,8 +90,8 @@ def _show(
     lengths = workload.lengths(0, options.samples)
     console.say(
         f"A step: {options.samples} responses in minibatches of {options.minibatch}; prompts of "
-        f"{options.prompt_tokens} tokens, responses of log-normal length, {sum(lengths) / len(lengths):.0f} on average, "
-        f"{max(lengths)} at most."
+        f"{options.prompt_tokens} tokens, responses of log-normal length, {sum(lengths) / len(lengths):.0f} on "
+        f"average, {max(lengths)} at most."
     )
     console.say("Rooflines, nothing measured: seconds are good to about a quarter, ratios to about a tenth.\n")
     columns = [

@@ -178,4 +178,4 @@ def test_the_command_line_prints_writes_json_and_exits_with_2(chain, tmp_path):
     done = doctor("--optimizer.lr=-1")
     assert done.returncode == 2
     assert "error    command line: optimizer.lr must be positive, got -1.0" in done.stdout
-    assert "this run would be refused or fail: 1 errors" in done.stdout
+    assert "this run would be refused or fail: 1 error," in done.stdout

@@ -10,7 +10,7 @@ Microbatches of so many samples each take their time whatever is in them: that i
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 
@@ -75,7 +75,10 @@ class Fitted:
 
 
 def _latency(rows: Sequence[Row]) -> float:
-    """Median time between two passes of a step that follow each other on a group: there it waits for nobody."""
+    """Mean time between two passes of a step that follow each other on a group: there it waits for nobody.
+
+    The mean and not the median, because a makespan adds up the late ones too.
+    """
     last: dict[int, Row] = {}
     gaps: list[float] = []
     for row in rows:
@@ -83,7 +86,7 @@ def _latency(rows: Sequence[Row]) -> float:
         if before and row.kind == "decode" and before.kind in ("prefill", "decode") and before.step == row.step:
             gaps.append(row.start - before.end)
         last[row.group] = row
-    return median(gaps) if gaps else 0.0
+    return mean(gaps) if gaps else 0.0
 
 
 def _non_negative(features: np.ndarray, seconds: np.ndarray) -> np.ndarray:

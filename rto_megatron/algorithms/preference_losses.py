@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.algorithms.dpo import DPOLoss
-from rto_megatron.algorithms.masked import widen
+from rto_megatron.algorithms.masked import masked_sum, widen
+from rto_megatron.algorithms.una import implicit_rewards
 
 
 def rdpo_loss(
@@ -39,8 +40,8 @@ def rdpo_loss(
         length_coef: a, reward units per token.
         num_pairs: pairs of the whole minibatch, over all ranks.
     """
-    chosen = beta * (widen(policy_chosen) - widen(ref_chosen))
-    rejected = beta * (widen(policy_rejected) - widen(ref_rejected))
+    chosen = implicit_rewards(policy_chosen, ref_chosen, beta=beta)
+    rejected = implicit_rewards(policy_rejected, ref_rejected, beta=beta)
     explained = length_coef * (chosen_tokens - rejected_tokens)
     return _result(chosen - rejected + explained, chosen, rejected, num_pairs)
 
@@ -100,8 +101,8 @@ def tdpo_loss(
         kl_coef: a; the paper takes 0.5.
         num_pairs: pairs of the whole minibatch, over all ranks.
     """
-    chosen = beta * (widen(policy_chosen) - widen(ref_chosen))
-    rejected = beta * (widen(policy_rejected) - widen(ref_rejected))
+    chosen = implicit_rewards(policy_chosen, ref_chosen, beta=beta)
+    rejected = implicit_rewards(policy_rejected, ref_rejected, beta=beta)
     drift = rejected_kl - chosen_kl if kl_coef is None else kl_coef * (rejected_kl - chosen_kl.detach())
     # its reward counts the drift too: r = beta * (log-ratio + D)
     return _result(
@@ -118,7 +119,7 @@ def sequential_kl(policy_log_probs: Tensor, ref_log_probs: Tensor, response_mask
     """
     policy, ref = widen(policy_log_probs), widen(ref_log_probs)
     per_token = F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
-    return per_token.where(response_mask, 0.0).sum(-1)
+    return masked_sum(per_token, response_mask, -1)
 
 
 def _result(lead: Tensor, chosen: Tensor, rejected: Tensor, num_pairs: int | Tensor) -> DPOLoss:

@@ -244,19 +244,20 @@ def load_weights(model: MegatronModule | None, checkpoint: Checkpoint, role: str
 
 
 def weights_of(model: MegatronModule) -> dict[str, Any]:
-    """The sharded weights that a checkpoint of the model holds: all, or of an adapted model what is its own.
-
-    Extra state is Transformer Engine's alone and would tie a checkpoint to it.
-    """
-    state = {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
+    """The sharded weights that a checkpoint of the model holds: all, or of an adapted model what is its own."""
+    state = _without_extra_state(model)
     adapted = any(is_adapter(name) for name in state)
     return {name: value for name, value in state.items() if is_own(name) or not adapted}
 
 
 def base_weights_of(model: MegatronModule) -> dict[str, Any]:
     """The model's sharded weights but its adapters: what the checkpoint that these belong to may hold."""
-    state = sharded_weights(model)
-    return {name: value for name, value in state.items() if "_extra_state" not in name and not is_adapter(name)}
+    return {name: value for name, value in _without_extra_state(model).items() if not is_adapter(name)}
+
+
+def _without_extra_state(model: MegatronModule) -> dict[str, Any]:
+    """All sharded weights. Extra state is Transformer Engine's alone and would tie a checkpoint to it."""
+    return {name: value for name, value in sharded_weights(model).items() if "_extra_state" not in name}
 
 
 def load_optimizer(trainable: Trainable | None, checkpoint: Checkpoint, role: str) -> None:

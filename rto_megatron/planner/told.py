@@ -13,6 +13,9 @@ from rto_megatron.schedule.workload import seconds_per_step, steady
 Memory = Mapping[str, Mapping[Phase, Mapping[str, float]]]
 """Kind of rank -> phase -> part -> bytes of the fullest such rank."""
 
+COUNTED = ("prefill", "decode", "score", "train")
+"""Kinds of item whose work the bound counts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timed:
@@ -83,7 +86,7 @@ def show_bounds(console: Console, found: Timed, *, work: float, alone: float) ->
         f"bound of any schedule: {max(work, alone):.3g} s (all work without a gap {work:.3g} s, the longest response "
         f"alone {alone:.3g} s); this one takes {found.seconds / max(work, alone):.2f} times that"
     )
-    counted = sum(found.phases[kind] for kind in ("prefill", "decode", "score", "train"))
+    counted = sum(found.phases[kind] for kind in COUNTED)
     console.say(
         f"of its {found.seconds:.3g} s, {counted:.3g} s are the work that the bound counts, in layouts and batches as "
         f"they are (communication, pipeline bubbles, few responses at once); {found.idle:.3g} s are waiting; "
@@ -93,8 +96,8 @@ def show_bounds(console: Console, found: Timed, *, work: float, alone: float) ->
 
 
 def _left_out(found: Timed) -> list[str]:
-    kinds = ("proximal", "advantage", "optimizer", "refit", "boundary")
-    return [f"{kind} {found.phases[kind]:.2g}" for kind in kinds if found.phases[kind] > 0] or ["nothing"]
+    left = {kind: seconds for kind, seconds in found.phases.items() if seconds > 0 and kind not in COUNTED}
+    return [f"{kind} {seconds:.2g}" for kind, seconds in left.items()] or ["nothing"]
 
 
 def what_binds(found: Timed, alone: float) -> str:

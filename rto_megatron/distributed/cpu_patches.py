@@ -14,9 +14,9 @@ from rto_megatron.distributed.cpu_stand_ins import (
     TORCH_FOR_MEGATRON,
     NoStream,
     contiguous_only,
-    forked_results_queue,
     seed_cpu,
     type_for_megatron,
+    writers_reports,
 )
 
 
@@ -224,7 +224,7 @@ PATCHES: tuple[Patch, ...] = (
         site="dist_checkpointing/strategies/filesystem_async.py:54",
         text='ctx = mp.get_context("spawn")',
         why="spawns a process that imports torch and Megatron anew: ten seconds at the first save of every rank",
-        make=_always(forked_results_queue),
+        make=_always(writers_reports),
     ),
     *(
         Patch(

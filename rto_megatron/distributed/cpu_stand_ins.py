@@ -5,18 +5,17 @@ Megatron alone: other code in the process keeps torch as it knows it.
 """
 
 import functools
-import multiprocessing
 import os
+import pickle
+import queue
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
-from multiprocessing.managers import SyncManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from rto_megatron.distributed.children import belong_to
 
 CPU = torch.device("cpu")
 
@@ -123,9 +122,38 @@ def contiguous_only(collective: Callable[..., Any]) -> Callable[..., Any]:
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
+class WritersReports:
+    """The queue by which a checkpoint's writers report: a file without a name, shared by who is forked from here.
+
+    Megatron's is held by a process, which it spawns because CUDA forbids forking. Forked from a rank, with its threads
+    of gloo and of the watchdog, that process came up but for once, when the rank waited for it for ever. A file needs
+    none. One writer reports at a time.
+    """
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115  # open as long as the rank lives
+        self._read = 0
+
+    def put(self, report: Any) -> None:
+        # where the file ends, not where it was left off: that position is shared with the rank that reads
+        words, end = pickle.dumps(report), os.fstat(self._file.fileno()).st_size
+        if os.pwrite(self._file.fileno(), words, end) < len(words):
+            os.ftruncate(self._file.fileno(), end)
+            raise OSError("no room for the report of a checkpoint's writer in the folder of temporary files")
+
+    def get_nowait(self) -> Any:
+        if self.empty():
+            raise queue.Empty
+        self._file.seek(self._read)
+        report = pickle.load(self._file)
+        self._read = self._file.tell()
+        return report
+
+    def empty(self) -> bool:
+        return self._read >= os.fstat(self._file.fileno()).st_size
+
+
 @functools.cache
-def forked_results_queue() -> Any:
-    """The queue by which a checkpoint's writers report. Megatron spawns its process because CUDA forbids forking."""
-    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-    manager.start(belong_to, (os.getpid(),))
-    return manager.Queue()
+def writers_reports() -> WritersReports:
+    """The one of this rank."""
+    return WritersReports()

@@ -246,9 +246,9 @@ def _on_host(request: Any) -> list[Any]:
 
 def _write(requests: list[Any], arguments: list[list[Any]], draft: Path, rank: int, parent: int) -> None:
     """Write this rank's files and, when all are on disk, their hashes; runs in a process of its own."""
+    gc.disable()  # collecting what the parent had on a GPU would ask CUDA, which does not survive a fork
     belong_to(parent)
     die_of_a_killed_child()
-    gc.disable()  # collecting what the parent had on a GPU would ask CUDA, which does not survive a fork
     for request, held in zip(requests, arguments, strict=True):
         if request.async_fn is not None:  # nothing of it is this rank's
             request.async_fn(*held, **request.async_fn_kwargs)
@@ -306,10 +306,10 @@ def _all_or_none(draft: Path) -> Iterator[None]:
 
 def _forget_reports() -> None:
     """Empty Megatron's queue of writers' reports: the next save would take a failed one's for its own."""
-    with contextlib.suppress(OSError, EOFError):  # its process may be what was killed
+    with contextlib.suppress(OSError, EOFError):  # its process, if it has one, may be what was killed
         reports = filesystem_async._get_write_results_queue()
         while not reports.empty():
-            reports.get()
+            reports.get_nowait()
 
 
 def _replace(path: Path, text: str) -> None:

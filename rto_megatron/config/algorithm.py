@@ -167,6 +167,10 @@ class RolloutConfig:
     cuda_graphs: bool = False
     """Decode by steps of few sizes, each recorded once a batch and launched as one; needs parallel.pipeline 1 where
     responses are written. On a CPU the same steps run without a recording, and padded rows cost time."""
+    kv_block_tokens: int = 0
+    """Tokens of a block of the cache of keys and values: a sequence takes a block when its last one is full and gives
+    all back when it ends, so that memory follows what is written. 0 keeps a slot of max_prompt_tokens + max_new_tokens
+    for each."""
     reuse_log_probs: bool = False
     """Take decoding's log-probs as pi_old (training only): the policy then scores `check_rows` responses a step, not
     all. Decoding rounds otherwise than the training forward, so PPO's first ratio is 1 up to that rounding."""
@@ -186,6 +190,11 @@ class RolloutConfig:
             raise ValueError(
                 f"rollout.prefill_chunk_tokens must be 1 or more or null, got {self.prefill_chunk_tokens}; null sets "
                 "no limit"
+            )
+        if self.kv_block_tokens < 0:
+            raise ValueError(
+                f"rollout.kv_block_tokens must be 0 or more, got {self.kv_block_tokens}; 0 gives each sequence a slot "
+                "of its own"
             )
         if self.temperature < 0:
             raise ValueError(f"rollout.temperature must be 0 or more, got {self.temperature}")

@@ -204,6 +204,13 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's FlashAttention can run there, on numbers of this type."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 class HostCopies:
     """Copies between host and device, beside what the device computes.
 

@@ -84,6 +84,7 @@ class RolloutEngine:
         eos_ids: tuple[int, ...],
         prefill_chunk_tokens: int | None = None,
         recorded: bool = False,
+        kv_block_tokens: int = 0,
     ) -> None:
         """Take `model`, unwrapped; nothing is allocated before `generate`.
 
@@ -93,6 +94,8 @@ class RolloutEngine:
             eos_ids: end a response, and belong to it.
             prefill_chunk_tokens: of prompts in one forward pass at most; None reads all that are admitted in one.
             recorded: decode by steps of few sizes, which a GPU records: see `RecordedSteps`.
+            kv_block_tokens: of a block of the cache, where sequences take blocks as they grow; 0 gives each a slot of
+                `max_length`.
 
         Raises:
             ConfigError: steps are to be recorded, and stages hand hidden states to each other in them.
@@ -104,6 +107,7 @@ class RolloutEngine:
                 "(schedule.rollout)"
             )
         self._prefill_chunk, self._recorded = prefill_chunk_tokens, recorded
+        self._block_tokens = kv_block_tokens
         last = model_chunks(model)[-1]
         self._model, self._max_slots, self._max_length = last, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
@@ -204,7 +208,9 @@ class DecodeBatch:
     def __init__(self, engine: RolloutEngine, *, num_slots: int, max_length: int) -> None:
         """No sequence is live."""
         self._engine, self._max_length = engine, max_length
-        self._cache = engine._forward.allocate(num_slots=num_slots, max_length=max_length)
+        self._cache = engine._forward.allocate(
+            num_slots=num_slots, max_length=max_length, block_tokens=engine._block_tokens
+        )
         self._steps = None
         if engine._recorded:
             self._steps = RecordedSteps(engine._forward, self._cache, num_slots=num_slots, max_length=max_length)
@@ -216,6 +222,11 @@ class DecodeBatch:
     def num_live(self) -> int:
         """Responses that have begun and not ended."""
         return len(self._live)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values on this rank; of a cache of blocks the most so far, as it does not shrink."""
+        return self._cache.store.num_bytes
 
     @torch.inference_mode()
     def admit(self, requests: Sequence[Request]) -> list[Completion]:
@@ -300,8 +311,8 @@ class DecodeBatch:
         completions = [self._complete(live[i]) for i in ended]
         for hole in reversed(ended):
             last = live.pop()
+            self._cache.end(hole, len(live), last.num_cached)
             if hole < len(live):
-                self._cache.move(len(live), hole, last.num_cached)
                 live[hole] = last
         return completions
 

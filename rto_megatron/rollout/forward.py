@@ -24,6 +24,7 @@ from rto_megatron.distributed.replica import (
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.lora import Factors, factors_of
 from rto_megatron.rollout.kv_cache import KVCache
+from rto_megatron.rollout.kv_store import CacheShape
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,20 @@ class ForwardPass:
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
         self._head_dim = attention.hidden_size_per_attention_head
 
-    def allocate(self, *, num_slots: int, max_length: int) -> KVCache:
+    def allocate(self, *, num_slots: int, max_length: int, block_tokens: int = 0) -> KVCache:
         """A cache that fits this rank's layers and heads."""
         _, first = self._layers[0][0]
-        return KVCache(
+        shape = CacheShape(
             num_layers=sum(map(len, self._layers)),
             num_slots=num_slots,
             max_length=max_length,
             num_kv_heads=self._num_local_groups,
             head_dim=self._head_dim,
-            angles=self._chunks[0].rotary_pos_emb.get_freqs_non_repeated(max_length).to(first.qkv.device),
             dtype=self._dtype,
+            device=first.qkv.device,
         )
+        angles = self._chunks[0].rotary_pos_emb.get_freqs_non_repeated(max_length).to(shape.device)
+        return KVCache(shape, angles=angles, block_tokens=block_tokens)
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
         """Pass the rows that `cache` was told of through this stage's layers, chunk after chunk.

@@ -1,58 +1,35 @@
 """Keys and values of the sequences that are being written, and attention to them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class _Run:
-    """Neighbouring prompts, or parts of them, of one length and begin, which attend as one batch."""
-
-    first_row: int
-    first_slot: int
-    num_prompts: int
-    start: int
-    length: int
+from rto_megatron.rollout.kv_pool import Pool
+from rto_megatron.rollout.kv_store import CacheShape, KVStore, Run, Slots
 
 
 class KVCache:
-    """Dense slots for the keys and values of one pipeline stage, this tensor rank's heads.
+    """Rotary angles, masks and attention over what a store keeps.
 
-    Live sequences sit in slots 0..n-1 (`move` closes holes), so that a decode step reads each layer's cache as a
-    view, without gathering. Before each pass `plan_prefill` or `plan_decode` says what its rows are; a row is
-    one token of some sequence.
+    Live sequences have slots 0..n-1 (`end` closes holes). Before each pass `plan_prefill` or `plan_decode` says what
+    its rows are; a row is one token of some sequence.
     """
 
-    def __init__(
-        self,
-        *,
-        num_layers: int,
-        num_slots: int,
-        max_length: int,
-        num_kv_heads: int,
-        head_dim: int,
-        angles: Tensor,
-        dtype: torch.dtype,
-    ) -> None:
-        """Allocate zeroed slots.
+    def __init__(self, shape: CacheShape, *, angles: Tensor, block_tokens: int = 0) -> None:
+        """No sequence is held.
 
         Args:
             angles: [max_length or more, head_dim / 2] float32 radians, rotary angle of each position.
-            dtype: of keys and values.
+            block_tokens: of a block where sequences share a pool; 0 gives each a slot of `max_length`.
         """
-        shape = num_slots, num_kv_heads, max_length, head_dim
-        # Zeroed, as positions that are masked out still meet their weight of 0: garbage could be NaN.
-        self._keys = [torch.zeros(shape, dtype=dtype, device=angles.device) for _ in range(num_layers)]
-        self._values = [torch.zeros(shape, dtype=dtype, device=angles.device) for _ in range(num_layers)]
-        angles = angles[:max_length, None, None]
-        self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
-        self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
-        self._runs: list[_Run] = []
+        self.store: KVStore = Pool(shape, block_tokens) if block_tokens else Slots(shape)
+        angles = angles[: shape.max_length, None, None]
+        self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(shape.dtype)
+        self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(shape.dtype)
+        self._runs: list[Run] = []
 
     def plan_prefill(self, lengths: Sequence[int], *, first_slot: int, starts: Sequence[int] | None = None) -> None:
         """Say that the rows are prompts of these lengths, packed, of the slots from `first_slot` on.
@@ -66,8 +43,9 @@ class KVCache:
         parts = list(zip(starts or [0] * len(lengths), lengths, strict=True))
         for (start, length), group in groupby(parts):
             num_prompts = len(list(group))
-            self._runs.append(_Run(row, slot, num_prompts, start, length))
+            self._runs.append(Run(row, slot, num_prompts, start, length))
             row, slot = row + num_prompts * length, slot + num_prompts
+        self.store.plan_prompts(self._runs)
         positions = [torch.arange(start, start + length) for start, length in parts]
         self._rotate_to(torch.cat(positions).to(self._cos.device))
 
@@ -75,27 +53,27 @@ class KVCache:
         """Say that row i is the next token of slot i, which holds `lengths[i]` tokens so far.
 
         Args:
-            num_rows: at least as many rows; those that are added write and read the first place of slots that are free.
-            width: at least as many places of the slots are read.
+            num_rows: at least as many rows; those that are added touch no sequence.
+            width: at least as many places of each sequence are read.
         """
-        self._runs = []
-        lengths = [*lengths, *[0] * (num_rows - len(lengths))]
-        self._positions = torch.tensor(lengths, device=self._cos.device)
-        self._slots = torch.arange(len(lengths), device=self._cos.device)
-        self._longest = max(width, max(lengths) + 1)
-        hidden = torch.arange(self._longest, device=self._cos.device) > self._positions[:, None]
+        self._runs, num_rows = [], max(num_rows, len(lengths))
+        width = max(width, max(lengths) + 1)
+        self.store.plan_next(lengths, num_rows=num_rows, width=width)
+        positions = torch.tensor([*lengths, *[0] * (num_rows - len(lengths))], device=self._cos.device)
+        hidden = torch.arange(width, device=self._cos.device) > positions[:, None]
         self._bias = torch.zeros(hidden.shape, dtype=self._cos.dtype, device=hidden.device)
         self._bias = self._bias.masked_fill_(hidden, -torch.inf)[:, None, None]
-        self._rotate_to(self._positions)
+        self._rotate_to(positions)
 
     @property
     def decode_plan(self) -> tuple[Tensor, ...]:
         """All tensors that `plan_decode` has made, for a pass that is recorded."""
-        return self._positions, self._slots, self._bias, self._row_cos, self._row_sin
+        return self._bias, self._row_cos, self._row_sin, *self.store.next_plan
 
     @decode_plan.setter
     def decode_plan(self, plan: tuple[Tensor, ...]) -> None:
-        self._positions, self._slots, self._bias, self._row_cos, self._row_sin = plan
+        self._bias, self._row_cos, self._row_sin, *rest = plan
+        self.store.next_plan = tuple(rest)
 
     def _rotate_to(self, positions: Tensor) -> None:
         self._row_cos, self._row_sin = self._cos[positions], self._sin[positions]
@@ -117,40 +95,23 @@ class KVCache:
         Returns:
             [rows, heads * d].
         """
-        attend = self._attend_prompts if self._runs else self._attend_next
-        return attend(self._keys[layer], self._values[layer], query, key, value)
-
-    def _attend_next(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys[self._slots, :, self._positions] = key
-        values[self._slots, :, self._positions] = value
-        # The query heads that share a kv head stand as query rows: no key is copied per query head,
-        # and torch's CPU kernel reads the cache in place (at 32 rows 1.4 times as fast as enable_gqa).
-        live = slice(len(query)), slice(None), slice(self._longest)
-        out = F.scaled_dot_product_attention(query, keys[live], values[live], attn_mask=self._bias)
-        return out.flatten(1)
-
-    def _attend_prompts(self, keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out = []
-        for run in self._runs:
-            rows = slice(run.first_row, run.first_row + run.num_prompts * run.length)
-            slots = slice(run.first_slot, run.first_slot + run.num_prompts)
-            q, k, v = (
-                x[rows].unflatten(0, (run.num_prompts, run.length)).transpose(1, 2)
-                for x in (query.flatten(1, 2), key, value)
-            )
-            end, seen = run.start + run.length, None
-            keys[slots, :, run.start : end] = k
-            values[slots, :, run.start : end] = v
-            if run.start:  # torch counts from the first token of both
-                k, v = keys[slots, :, :end], values[slots, :, :end]
-                seen = torch.ones(run.length, end, dtype=torch.bool, device=q.device).tril(run.start)
-            o = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=query.shape[2] > 1
-            )
-            out.append(o.transpose(1, 2).reshape(-1, query.shape[1:].numel()))
+        if not self._runs:
+            return self.store.attend_next(layer, query, key, value, self._bias)
+        self.store.write_prompts(layer, key, value)
+        out = [self._attend_run(run, layer, query, key, value) for run in self._runs]
         return torch.cat(out) if len(out) > 1 else out[0]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of one slot into another."""
-        for cache in (*self._keys, *self._values):
-            cache[target, :, :length] = cache[source, :, :length]
+    def _attend_run(self, run: Run, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = run.of(query.flatten(1, 2)), run.of(key), run.of(value)
+        seen = None
+        if run.start:  # torch counts from the first token of both
+            k, v = self.store.read_prompts(layer, run)
+            seen = torch.ones(run.length, run.end, dtype=torch.bool, device=q.device).tril(run.start)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, enable_gqa=query.shape[2] > 1
+        )
+        return out.transpose(1, 2).reshape(-1, query.shape[1:].numel())
+
+    def end(self, slot: int, last: int, length: int) -> None:
+        """A slot's sequence has ended; that of slot `last`, of so many tokens, has the slot from now on."""
+        self.store.end(slot, last, length)

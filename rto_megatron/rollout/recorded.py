@@ -25,6 +25,7 @@ class RecordedSteps:
         """Nothing is recorded."""
         self._forward, self._cache = forward, cache
         self._num_slots, self._max_length = num_slots, max_length
+        self._generation = cache.store.generation
         self._made: dict[tuple[int, int], tuple[Recording, tuple[Tensor, ...]]] = {}
 
     @property
@@ -36,6 +37,9 @@ class RecordedSteps:
         """Pass the next token of each slot, which holds `lengths` tokens; [slots, H] normed hidden states."""
         size = self._size(len(ids), max(lengths) + 1)
         self._cache.plan_decode(lengths, num_rows=size[0], width=size[1])
+        if self._generation != self._cache.store.generation:
+            self._made.clear()  # recordings of what lies elsewhere now
+            self._generation = self._cache.store.generation
         tokens = torch.tensor([*ids, *[0] * (size[0] - len(ids))], device=device)
         now = tokens, *self._cache.decode_plan
         if size not in self._made:

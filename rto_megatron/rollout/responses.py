@@ -43,6 +43,7 @@ def make_engine(model: PolicyModel, config: RolloutConfig, *, eos_id: int) -> Ro
         eos_ids=(eos_id,),
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         recorded=config.cuda_graphs,
+        kv_block_tokens=config.kv_block_tokens,
     )
 
 

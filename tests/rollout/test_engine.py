@@ -42,27 +42,30 @@ def mixed_requests():
 
 
 WAYS = {
-    "all at once": (18, 1, None, False),
-    "one by one": (1, 1, None, False),
-    "three slots": (3, 1, None, False),
-    "five slots, backwards": (5, -1, None, False),
-    "prompts by one token": (5, 1, 1, False),
-    "prompts by seven tokens": (5, -1, 7, False),
-    "prompts by fifty tokens": (18, 1, 50, False),
-    "recorded steps": (13, 1, None, True),
-    "recorded steps, prompts by seven tokens": (5, -1, 7, True),
+    "all at once": (18, 1, {}),
+    "one by one": (1, 1, {}),
+    "three slots": (3, 1, {}),
+    "five slots, backwards": (5, -1, {}),
+    "prompts by one token": (5, 1, {"prefill_chunk_tokens": 1}),
+    "prompts by seven tokens": (5, -1, {"prefill_chunk_tokens": 7}),
+    "prompts by fifty tokens": (18, 1, {"prefill_chunk_tokens": 50}),
+    "recorded steps": (13, 1, {"recorded": True}),
+    "recorded steps, prompts by seven tokens": (5, -1, {"prefill_chunk_tokens": 7, "recorded": True}),
+    "blocks, all at once": (18, 1, {"kv_block_tokens": 4}),
+    "blocks": (5, -1, {"kv_block_tokens": 4}),
+    "blocks, prompts by seven tokens": (5, -1, {"kv_block_tokens": 3, "prefill_chunk_tokens": 7}),
+    "blocks, recorded steps": (13, 1, {"kv_block_tokens": 4, "recorded": True}),
 }
-"""(slots, order of the requests, prompt tokens of a pass, whether steps are recorded)"""
+"""(slots, order of the requests, options of the engine)"""
 
 
 def write_mixed(parallel, ways):
     model, _ = make_model(parallel, banned_ids=(PAD,))
     requests, done = list(mixed_requests()), {}
     for way in ways:
-        slots, order, chunk, recorded = WAYS[way]
-        if recorded and model.pg_collection.pp.size() > 1:
+        slots, order, more = WAYS[way]
+        if "recorded" in more and model.pg_collection.pp.size() > 1:
             continue
-        more = {"prefill_chunk_tokens": chunk, "recorded": recorded}
         engine = RolloutEngine(model, max_slots=slots, max_length=64, eos_ids=EOS, **more)
         done[way] = list(engine.generate(requests[::order]))
     return done
@@ -96,6 +99,25 @@ def test_a_response_does_not_depend_on_slots_order_batch_mates_or_passes_over_pr
         assert_same_responses(completions, one_process["all at once"])
 
 
+SAME_BITS = {
+    "blocks, all at once": "all at once",
+    "blocks": "five slots, backwards",
+    "blocks, prompts by seven tokens": "prompts by seven tokens",
+    "blocks, recorded steps": "recorded steps",
+}
+"""Ways whose passes have the same shapes."""
+
+
+def assert_same_bits(done):
+    for way, other in SAME_BITS.items():
+        if way in done:
+            assert done[way] == done[other]
+
+
+def test_blocks_change_no_bit_of_a_response(one_process):
+    assert_same_bits(one_process)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -112,8 +134,9 @@ def test_a_response_does_not_depend_on_the_layout(one_process, parallel):
         write_mixed,
         world,
         parallel,
-        ("all at once", "five slots, backwards", "prompts by seven tokens", "recorded steps"),
+        ("all at once", "five slots, backwards", "prompts by seven tokens", "recorded steps", *SAME_BITS),
     )
+    assert_same_bits(ranks[0])
     assert all(rank == ranks[0] for rank in ranks)  # in the same order too: streaming must not tear ranks apart
     for way, completions in ranks[0].items():
         assert_same_responses(completions, one_process[way])

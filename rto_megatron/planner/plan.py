@@ -112,7 +112,7 @@ def _show(
             planned.candidate.layout.engine_tensor,
             planned.candidate.layout.train_tensor,
             planned.candidate.layout.context,
-            planned.candidate.layout.pipeline,
+            _pipeline(planned),
             planned.slots,
             planned.timed.seconds,
             f"{planned.timed.idle / planned.timed.seconds:.1%}",
@@ -162,5 +162,10 @@ def _described(planned: Planned) -> str:
     context = f"CP {layout.context} x " if layout.context > 1 else ""
     return (
         f"{planned.candidate.name}; engines TP {layout.engine_tensor}, training TP {layout.train_tensor} x {context}PP "
-        f"{layout.pipeline}: {planned.timed.seconds:.3g} s a step"
+        f"{_pipeline(planned)}: {planned.timed.seconds:.3g} s a step"
     )
+
+
+def _pipeline(planned: Planned) -> str:
+    layout = planned.candidate.layout
+    return f"{layout.pipeline}" + (f" x {layout.virtual_stages} blocks" if layout.virtual_stages > 1 else "")

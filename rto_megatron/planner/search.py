@@ -34,6 +34,7 @@ PACK_TOKENS = 8192
 SPLITS = (1, 2, 3, 4, 5)
 """Eighths of the GPUs that write."""
 CONTEXTS = (1, 2, 4, 8)
+VIRTUAL_STAGES = (2, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,10 @@ def plan(
     roles: Roles = SCORED,
     saving: Saving | None = None,
 ) -> list[Planned]:
-    """All that fits, the fastest first. Of the split maps the fastest are tried with other scorers and critics too.
+    """All that fits, the fastest first.
+
+    Of the split maps the fastest are tried with other scorers and critics too, and of each map the fastest that has a
+    pipeline with several blocks of layers a rank.
 
     Raises:
         ConfigError: nothing fits.
@@ -115,6 +119,7 @@ def plan(
 
     found = all_timed(many)
     found += all_timed(other for planned in _best_splits(found) for other in _variants(planned.candidate, minibatch))
+    found += all_timed(other for planned in _best_pipelines(found) for other in _interleaved(planned.candidate, model))
     if not found:
         raise ConfigError(
             f"nodes: no map and layout fits the model, its training and one response of {workload.max_new_tokens} "
@@ -184,6 +189,24 @@ def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
             yield replace(candidate, placement=placement, layout=alike)
     if training > 1 and training // 2 <= minibatch:
         yield replace(candidate, placement=split(writing, training - training // 2, training // 2))
+
+
+def _best_pipelines(found: Sequence[Planned]) -> Iterator[Planned]:
+    """The fastest of each map that has a pipeline."""
+    seen: set[str] = set()
+    for planned in sorted(found, key=lambda planned: planned.timed.seconds):
+        name = planned.candidate.placement.name
+        if planned.candidate.layout.pipeline > 1 and name not in seen:
+            seen.add(name)
+            yield planned
+
+
+def _interleaved(candidate: Candidate, model: ModelConfig) -> Iterator[Candidate]:
+    """The same with several blocks of layers a rank."""
+    layout = candidate.layout
+    for blocks in VIRTUAL_STAGES:
+        if model.num_layers % (layout.pipeline * blocks) == 0:
+            yield replace(candidate, layout=replace(layout, virtual_stages=blocks))
 
 
 def candidates(
@@ -292,6 +315,7 @@ def setting_of(candidate: Candidate, model: ModelConfig, workload: Workload, *, 
         tensor=layout.train_tensor,
         pipeline=layout.pipeline,
         context=layout.context,
+        virtual_stages=layout.virtual_stages,
         sequence=layout.train_tensor > 1,
     )
     training = len(place.policy) * layout.train_ranks

@@ -4,12 +4,14 @@
     each alone   a stream a model: it fills and drains for every model
 
 A microbatch goes forward through the stages of its model and then backward; a stage does one thing at a time, in the
-order of its plan, and waits where what it needs is not there yet.
+order of its plan, and waits where what it needs is not there yet. The plans of a stream are those that training runs.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+
+from rto_megatron.distributed.timetable import Instruction, source, training_plan
 
 
 class Task(NamedTuple):
@@ -20,16 +22,23 @@ class Task(NamedTuple):
     stage: int
     """Of the model."""
     backward: bool
+    chunk: int = 0
+    """Which of the stage's blocks of layers."""
 
 
 def makespan(
-    plans: Sequence[Sequence[Task]], seconds: Callable[[Task], float], *, num_stages: Callable[[int], int]
+    plans: Sequence[Sequence[Task]],
+    seconds: Callable[[Task], float],
+    *,
+    num_stages: Callable[[int], int],
+    num_chunks: int = 1,
 ) -> float:
     """Seconds until all ranks have done what their plans say.
 
     Args:
         plans: of each rank; which stages of a model it holds follows from its tasks.
         num_stages: model -> its stages.
+        num_chunks: blocks of layers of each stage.
 
     Raises:
         ValueError: the plans wait for each other, or for what is in none of them.
@@ -42,7 +51,7 @@ def makespan(
         for rank, plan in enumerate(plans):
             while position[rank] < len(plan):
                 task = plan[position[rank]]
-                before = _before(task, num_stages(task.model))
+                before = _before(task, num_stages(task.model), num_chunks)
                 if before is not None and before not in ends:
                     break
                 free[rank] = max(free[rank], ends[before] if before else 0.0) + seconds(task)
@@ -54,26 +63,23 @@ def makespan(
     return max(free)
 
 
-def _before(task: Task, num_stages: int) -> Task | None:
+def _before(task: Task, num_stages: int, num_chunks: int) -> Task | None:
     """What a task takes its input from; None for a batch that comes from outside."""
-    if not task.backward:
-        return task._replace(stage=task.stage - 1) if task.stage else None
-    if task.stage == num_stages - 1:
-        return task._replace(backward=False)
-    return task._replace(stage=task.stage + 1)
+    instruction = Instruction("B" if task.backward else "F", task.micro, task.chunk)
+    origin = source(instruction, task.stage, num_stages, num_chunks)
+    if origin is None:
+        return None
+    stage, (kind, _, chunk) = origin
+    return task._replace(stage=stage, backward=kind == "B", chunk=chunk)
 
 
-def stream(order: Sequence[tuple[int, int]], num_stages: int) -> list[list[Task]]:
-    """Plans of the stages for microbatches (model, number) in this order: forwards until it is full, then in turns."""
-    plans: list[list[Task]] = []
-    for stage in range(num_stages):
-        ahead = min(num_stages - stage - 1, len(order))
-        plan = [Task(*place, stage, False) for place in order[:ahead]]
-        for at, place in enumerate(order):
-            plan += [Task(*ready, stage, False) for ready in order[ahead + at : ahead + at + 1]]
-            plan.append(Task(*place, stage, True))
-        plans.append(plan)
-    return plans
+def stream(order: Sequence[tuple[int, int]], num_stages: int, num_chunks: int = 1) -> list[list[Task]]:
+    """Plans of the stages for microbatches (model, number) in this order."""
+    return [
+        [Task(*order[place], stage, kind == "B", chunk) for kind, place, chunk in plan]
+        for stage in range(num_stages)
+        for plan in [training_plan(len(order), stage, num_stages, num_chunks)]
+    ]
 
 
 def stream_seconds(
@@ -93,13 +99,21 @@ def stream_seconds(
 
 
 @lru_cache(maxsize=4096)
-def stretch(num_micros: int, num_stages: int, forwards: float = 3.0) -> float:
+def stretch(
+    num_micros: int, num_stages: int, forwards: float = 3.0, *, num_chunks: int = 1, message: float = 0.0
+) -> float:
     """Seconds of a stream of equal microbatches, relative to those of its work alone: 1 without a pipeline.
 
     Args:
         forwards: of a microbatch, forward and backward: 3, and 4 where all is computed again.
+        num_chunks: blocks of layers of each stage (interleaved pipeline).
+        message: seconds that a result takes to the next block, in forwards of a microbatch on a stage.
     """
     if num_stages == 1:
         return 1.0
-    order = [(0, number) for number in range(num_micros)]
-    return stream_seconds(order, num_stages, [1.0], backward=forwards - 1) / (num_micros * forwards)
+    each = {False: 1 / num_chunks + message, True: (forwards - 1) / num_chunks + message}
+    plans = stream([(0, number) for number in range(num_micros)], num_stages, num_chunks)
+    spent = makespan(
+        plans, lambda task: each[task.backward], num_stages=lambda model: num_stages, num_chunks=num_chunks
+    )
+    return spent / (num_micros * forwards)

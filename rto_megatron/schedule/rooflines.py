@@ -99,8 +99,11 @@ class Layout:
     pipeline: int = 1
     context: int = 1
     """Ranks that share the tokens of a microbatch."""
-    critic: tuple[int, int, int] | None = None
-    """Tensor, pipeline and context ranks of a group that trains the critic alone; null is as the policy's."""
+    virtual_stages: int = 1
+    """Blocks of layers of a pipeline rank."""
+    critic: tuple[int, int, int, int] | None = None
+    """Tensor, pipeline and context ranks and virtual stages of a group that trains the critic alone; null is as the
+    policy's."""
     micro_tokens: int = 4096
     """Room of a microbatch of training, in tokens."""
     filled: float = 0.85
@@ -219,14 +222,18 @@ class Roofline:
             alone: the model is the critic, and the group may have a layout of its own.
         """
         layout, forwards = self.layout, self.roles.forwards
-        policy = layout.train_tensor, layout.pipeline, layout.context
-        tensor, pipeline, context = (layout.critic if alone else None) or policy
+        policy = layout.train_tensor, layout.pipeline, layout.context, layout.virtual_stages
+        tensor, pipeline, context, chunks = (layout.critic if alone else None) or policy
         ranks = tensor * pipeline * context if alone and layout.critic else layout.train_ranks
         copies = ranks // (tensor * pipeline * context)
         micros = max(1, math.ceil(self.roles.padding * load.tokens / (copies * layout.micro_tokens * layout.filled)))
         together = num_models if self.roles.one_stream else 1
-        stretched = stretch(together * micros, pipeline, forwards)
-        return num_models * forwards * self._computed(load, ranks, tensor) * stretched
+        computed = self._computed(load, ranks, tensor)
+        sent = self._hidden_seconds(self.roles.padding * load.tokens / (copies * micros), tensor * context, pipeline)
+        stretched = stretch(
+            together * micros, pipeline, forwards, num_chunks=chunks, message=micros * sent / computed if sent else 0.0
+        )
+        return num_models * forwards * computed * stretched
 
     def gradient_seconds(self) -> float:
         """Reduce-scatter of bfloat16 gradients and all-gather of weights, nothing hidden; none with one copy."""
@@ -261,6 +268,20 @@ class Roofline:
     @property
     def _node_network(self) -> float:
         return GPUS_PER_NODE * self.gpu.network * self.efficiency.network
+
+    def _hidden_seconds(self, tokens: float, sharing: int, pipeline: int) -> float:
+        """A microbatch's hidden states on their way to the next stage; the ranks of a stage send their shares."""
+        if pipeline == 1:
+            return 0.0
+        gpu, eta = self.gpu, self.efficiency
+        in_node = sharing * pipeline <= GPUS_PER_NODE
+        return (
+            tokens
+            * self.model.hidden_size
+            * 2
+            / sharing
+            / (gpu.link * eta.link if in_node else gpu.network * eta.network)
+        )
 
     def _forward(self, load: Load, ranks: int, tensor: int) -> float:
         flops = forward_flops(self.model, tokens=load.tokens, squares=load.squares)

@@ -61,6 +61,16 @@ def test_split_maps_are_tried_with_other_scorers_and_with_a_critic_of_its_own():
     assert any("for the critic" in name for name in names)
 
 
+def test_of_each_map_with_a_pipeline_the_fastest_is_tried_with_blocks_of_layers():
+    model = MODELS["llama3-70b"]
+    found = small("llama3-70b", num_gpus=128, samples=512, minibatch=128)
+    deep = [planned.candidate for planned in found if planned.candidate.layout.pipeline > 1]
+    for name in {one.placement.name for one in deep}:
+        assert {1, 2} <= {one.layout.virtual_stages for one in deep if one.placement.name == name}
+    assert deep
+    assert all(model.num_layers % (one.layout.pipeline * one.layout.virtual_stages) == 0 for one in deep)
+
+
 def test_reused_log_probs_save_one_of_five_forwards_of_scoring():
     asked, reused = small("llama3-1b")[0], small("llama3-1b", roles=REUSED)
     same = next(one for one in reused if one.candidate == asked.candidate)

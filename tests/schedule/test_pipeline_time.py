@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.distributed.timetable import training_plan
-from rto_megatron.schedule.pipeline_time import Task, makespan, stream, stream_seconds, stretch
+from rto_megatron.schedule.pipeline_time import Task, makespan, stream_seconds, stretch
 
 FLEXFUSION = json.loads(Path(__file__).with_name("flexfusion.json").read_text())
 """Fused orders of two models, found by search: results/ of github.com/FlexFusion/FlexFusion (Apache-2.0), a string a
@@ -35,14 +34,6 @@ def test_published_orders_take_the_published_time(case):
         num_stages=lambda model: second if model else first,
     )
     assert found == case["makespan"]
-
-
-@pytest.mark.parametrize(("num_micros", "num_stages"), [(3, 4), (1, 2), (8, 4), (5, 1)])
-def test_the_order_of_a_stream_is_the_one_that_training_runs(num_micros, num_stages):
-    plans = stream([(0, number) for number in range(num_micros)], num_stages)
-    for stage, plan in enumerate(plans):
-        run = training_plan(num_micros, stage, num_stages)
-        assert [(task.micro, task.backward) for task in plan] == [(place, kind == "B") for kind, place, _ in run]
 
 
 def in_a_row(*counts):
@@ -75,6 +66,18 @@ def test_the_stretch_of_equal_microbatches():
     assert stretch(6, 4) == 1.5
     assert stretch(5, 1) == 1.0
     assert stretch(3, 4, forwards=4) == 2.0
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 4])
+def test_virtual_stages_divide_what_filling_and_draining_cost(num_chunks):
+    """The bubble of https://arxiv.org/abs/2104.04473, section 2.2: (p - 1) / m, divided by the blocks of a rank."""
+    assert stretch(8, 4, num_chunks=num_chunks) == pytest.approx(1 + 3 / 8 / num_chunks)
+
+
+def test_messages_are_what_virtual_stages_cost():
+    free, slow = ([stretch(8, 2, num_chunks=chunks, message=cost) for chunks in (1, 4)] for cost in (0.0, 0.2))
+    assert free[1] < free[0]
+    assert slow[0] < slow[1]
 
 
 def test_orders_that_wait_for_each_other_are_refused():

@@ -32,9 +32,34 @@ def span_losses(token_losses: Tensor, response_mask: Tensor, span_ends: Tensor) 
     flat = ends.flatten()
     number = (flat.cumsum(0) - flat.long()).view_as(ends)  # an end belongs to the span that it closes
     spans = torch.where(response_mask, number, -1)
-    one_hot = spans[None] == torch.arange(int(ends.sum()), device=spans.device)[:, None, None]
-    sums = torch.where(one_hot, token_losses[None], 0.0).sum((1, 2))
-    return sums / one_hot.sum((1, 2)), spans
+    of, losses = spans[response_mask], token_losses[response_mask]
+    sums = losses.new_zeros(int(ends.sum())).index_add(0, of, losses)
+    return sums / of.bincount(minlength=len(sums)), spans
+
+
+def robust_factors(
+    token_losses: Tensor, response_mask: Tensor, *, span_tokens: int, divergence: Divergence, radius: float
+) -> Tensor:
+    """What each token's weight in a loss is multiplied by for the worst mixture of spans: S * q of its span.
+
+    The factors of the spans average to 1, and at radius 0 each is 1. They are worked out on the CPU in float64, so that
+    all ranks that hold these losses get the same ones.
+
+    Args:
+        token_losses: [B, T]; may be anything outside the response.
+        response_mask: [B, T] bool.
+        span_tokens: tokens of a span, from the first of a response on.
+
+    Returns:
+        [B, T], 1 outside the response.
+    """
+    mask = response_mask.cpu()
+    ends = mask.long().cumsum(-1) % span_tokens == 0
+    means, spans = span_losses(token_losses.detach().cpu().double(), mask, ends)
+    factors = len(means) * worst_weights(means, divergence=divergence, radius=radius)
+    found = torch.ones(mask.shape, dtype=torch.float64)
+    found[mask] = factors[spans[mask]]
+    return found.to(token_losses)
 
 
 def worst_weights(losses: Tensor, *, divergence: Divergence, radius: float) -> Tensor:

@@ -1,14 +1,15 @@
-"""The neighbours of DPO among losses on pairs: R-DPO, SimPO and TDPO; each like `dpo_loss`, and returns its record.
+"""The neighbours of DPO among losses on pairs: R-DPO, SimPO, TDPO and UNA; each is called and answers as `dpo_loss`.
 
 DPO and IPO are in `algorithms/dpo.py`.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.algorithms.dpo import DPOLoss
 from rto_megatron.algorithms.masked import masked_sum, widen
-from rto_megatron.algorithms.una import implicit_rewards
+from rto_megatron.algorithms.una import implicit_rewards, una_loss
 
 
 def rdpo_loss(
@@ -120,6 +121,40 @@ def sequential_kl(policy_log_probs: Tensor, ref_log_probs: Tensor, response_mask
     policy, ref = widen(policy_log_probs), widen(ref_log_probs)
     per_token = F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
     return masked_sum(per_token, response_mask, -1)
+
+
+def thumbs_loss(
+    *,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    beta: float,
+    num_pairs: int | Tensor,
+) -> DPOLoss:
+    """UNA (arXiv 2408.15339) of pairs that are taken apart: a thumb up for the chosen side, one down for the rejected.
+
+        - (log sigmoid(implicit(chosen)) + log sigmoid(-implicit(rejected))) / 2
+
+    Args:
+        policy_chosen, policy_rejected: [P] nats, whole responses under the model being trained; carry the gradient.
+        ref_chosen, ref_rejected: [P] nats, under the frozen SFT model.
+        beta: reward units per nat.
+        num_pairs: pairs of the whole minibatch, over all ranks.
+    """
+    policy, ref = torch.stack([policy_chosen, policy_rejected]), torch.stack([ref_chosen, ref_rejected])
+    thumbs = torch.ones_like(policy)
+    thumbs[1] = 0
+    loss = una_loss(
+        policy_log_probs=policy,
+        ref_log_probs=ref,
+        feedback=thumbs,
+        beta=beta,
+        kind="binary",
+        num_responses=2 * num_pairs,
+    )
+    chosen, rejected = implicit_rewards(policy.detach(), ref, beta=beta)
+    return DPOLoss(loss=loss, chosen_rewards=chosen, rejected_rewards=rejected)
 
 
 def _result(lead: Tensor, chosen: Tensor, rejected: Tensor, num_pairs: int | Tensor) -> DPOLoss:

@@ -12,10 +12,11 @@ class DPOConfig:
     """Strength of the pull to the reference, per nat; of `simpo`, whose paper takes 2 to 10, per nat and token."""
     label_smoothing: float = 0.0
     """Probability that a label is wrong; 0 is plain DPO. `sigmoid` only."""
-    loss: Literal["sigmoid", "ipo", "rdpo", "simpo", "tdpo1", "tdpo2"] = "sigmoid"
+    loss: Literal["sigmoid", "ipo", "rdpo", "simpo", "tdpo1", "tdpo2", "una"] = "sigmoid"
     """`sigmoid` is DPO; `ipo` the squared loss of arXiv 2310.12036; `rdpo` charges for length (arXiv 2403.19159);
     `simpo` compares log-probs per token, without a reference (arXiv 2405.14734); `tdpo1` and `tdpo2` count the KL
-    to the reference along each response (arXiv 2404.11999), and hold the reference in memory."""
+    to the reference along each response (arXiv 2404.11999), and hold the reference in memory; `una` takes each side
+    alone, the chosen one as a thumb up and the rejected one as a thumb down (arXiv 2408.15339)."""
     length_coef: float = 0.0
     """Charge for a token, reward units; 0 is DPO. `rdpo` only; its paper calls it alpha."""
     margin: float = 0.0
@@ -141,6 +142,24 @@ class PPOConfig:
                 raise ValueError(f"ppo.{name} must be 0 or more, got {getattr(self, name)}")
         if self.num_epochs < 1:
             raise ValueError(f"ppo.num_epochs must be 1 or more, got {self.num_epochs}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DRTOConfig:
+    """The policy's loss for the worst mixture of spans of a minibatch (DRTO, arXiv 2604.08577)."""
+
+    radius: float = 0.0
+    """How far from the spans as they are, nats for `kl`; 0 turns it off."""
+    divergence: Literal["kl", "chi_square"] = "kl"
+    """How the distance of two mixtures is measured."""
+    span_tokens: int = 8
+    """Tokens of a span; what is left at the end of a response is a shorter one."""
+
+    def __post_init__(self) -> None:
+        if self.radius < 0:
+            raise ValueError(f"drto.radius must be 0 or more, got {self.radius}; 0 turns it off")
+        if self.span_tokens < 1:
+            raise ValueError(f"drto.span_tokens must be 1 or more, got {self.span_tokens}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rto_megatron.config.algorithm import AdvantageConfig, DPOConfig, PPOConfig, RewardConfig, RolloutConfig, RTOConfig
+from rto_megatron.config.algorithm import (
+    AdvantageConfig,
+    DPOConfig,
+    DRTOConfig,
+    PPOConfig,
+    RewardConfig,
+    RolloutConfig,
+    RTOConfig,
+)
 from rto_megatron.config.checkpoint import CheckpointConfig
 from rto_megatron.config.data import DataConfig, PromptsConfig, TokenizerConfig
 from rto_megatron.config.lora import LoRAConfig
@@ -172,6 +180,7 @@ class RTORun:
     rto: RTOConfig = field(default_factory=RTOConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    drto: DRTOConfig = field(default_factory=DRTOConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The policy's."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from rto_megatron.algorithms.dpo import DPOLoss, dpo_loss, sequence_log_probs
 from rto_megatron.algorithms.masked import masked_sum
 from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
-from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss, tdpo_loss
+from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss, tdpo_loss, thumbs_loss
 from rto_megatron.batch import DPOBatch
 from rto_megatron.config.algorithm import DPOConfig
 from rto_megatron.config.run import DPORun
@@ -109,6 +109,8 @@ def pair_loss(output: Tensor, batch: DPOBatch, config: DPOConfig, num_pairs: int
             kl = {"chosen_kl": of_kl[0], "rejected_kl": of_kl[1]}
             kl_coef = config.drift_coef if config.loss == "tdpo2" else None
             return tdpo_loss(**policy, **ref, **kl, kl_coef=kl_coef, **shared)
+        case "una":
+            return thumbs_loss(**policy, **ref, **shared)
     return dpo_loss(**policy, **ref, label_smoothing=config.label_smoothing, loss=config.loss, **shared)
 
 

@@ -2,17 +2,18 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from rto_megatron.algorithms.drto import robust_factors
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
 from rto_megatron.algorithms.masked import loss_count, token_weights
 from rto_megatron.algorithms.ppo import entropy_bonus, policy_loss, value_loss
 from rto_megatron.algorithms.reward_model import state_values
 from rto_megatron.batch import Experience
-from rto_megatron.config.algorithm import PPOConfig
+from rto_megatron.config.algorithm import DRTOConfig, PPOConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.sampler import random_order
@@ -89,13 +90,33 @@ def tasks_of(
     Args:
         whole: all rows of the minibatch: the loss is a mean over these.
     """
-    mine = whole.rows(deal(whole.num_tokens.tolist(), mesh.data.size)[mesh.data.rank])
+    share = deal(whole.num_tokens.tolist(), mesh.data.size)[mesh.data.rank]
     count, tasks = int(loss_count(whole.response_mask, config.ppo.loss_mean)), []
     if policy:
-        tasks.append(Task(policy, mine, token_log_probs, make_policy_loss(config.ppo, count), num_sums=6))
+        rows = for_the_worst(whole, config.drto).rows(share)
+        tasks.append(Task(policy, rows, token_log_probs, make_policy_loss(config.ppo, count), num_sums=6))
     if critic:
-        tasks.append(Task(critic, mine, head_outputs, make_value_loss(config.ppo, count), num_sums=3))
+        tasks.append(Task(critic, whole.rows(share), head_outputs, make_value_loss(config.ppo, count), num_sums=3))
     return tasks
+
+
+def for_the_worst(whole: Experience, config: DRTOConfig) -> Experience:
+    """A minibatch whose policy loss is that of its worst spans.
+
+    A weight that is not negative passes through PPO's clip, so it can as well stand in the advantages. The losses of
+    spans are those of the policy that sampled, minus the advantages: exact while ratios are 1, as in a step's first
+    minibatch.
+    """
+    if config.radius == 0:
+        return whole
+    factors = robust_factors(
+        -whole.advantages,
+        whole.response_mask,
+        span_tokens=config.span_tokens,
+        divergence=config.divergence,
+        radius=config.radius,
+    )
+    return replace(whole, advantages=whole.advantages * factors)
 
 
 def take_optimizer_step(

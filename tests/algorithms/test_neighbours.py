@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from rto_megatron.algorithms.dpo import dpo_loss
-from rto_megatron.algorithms.drto import robust_loss, span_losses, worst_weights
-from rto_megatron.algorithms.preference_losses import rdpo_loss, sequential_kl, simpo_loss, tdpo_loss
+from rto_megatron.algorithms.drto import robust_factors, robust_loss, span_losses, worst_weights
+from rto_megatron.algorithms.preference_losses import rdpo_loss, sequential_kl, simpo_loss, tdpo_loss, thumbs_loss
 from rto_megatron.algorithms.una import implicit_rewards, una_loss
 
 JUNK = float("nan")
@@ -123,6 +123,14 @@ def test_una_of_a_thumb_is_a_cross_entropy():
     assert loss.item() == pytest.approx(nll(1.0) + nll(-1.0))
 
 
+def test_una_takes_the_sides_of_a_pair_apart():
+    result = thumbs_loss(**POLICY, **REF, beta=0.5, num_pairs=2)
+    # log-ratios 1 and 0 with a thumb up, -1 and 1 with one down
+    assert result.loss.item() == pytest.approx((nll(0.5) + nll(0.0) + nll(0.5) + nll(-0.5)) / 4)
+    torch.testing.assert_close(result.chosen_rewards, torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(result.rejected_rewards, torch.tensor([-0.5, 0.5]))
+
+
 def test_una_is_zero_at_the_optimum_of_the_kl_regularised_reward():
     ref, reward, beta = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([1.0, -2.0, 0.5]), 0.7
     weights = ref * (reward / beta).exp()
@@ -148,6 +156,20 @@ def test_a_span_ends_with_its_end_and_the_last_one_with_the_response():
     means, spans = span_losses(losses, mask, ends)
     torch.testing.assert_close(means, torch.tensor([2.0, 8.0, 6.0]))
     assert spans.tolist() == [[-1, 0, 0, 1, -1], [-1, 2, 2, -1, -1]]
+
+
+def test_weights_times_the_factors_are_the_worst_mixture_of_spans():
+    losses = torch.tensor([[JUNK, 1.0, 3.0, 8.0, 0.0], [JUNK, 5.0, 7.0, -4.0, -6.0]])
+    mask = ~losses.isnan()
+    options = {"divergence": "kl", "radius": 0.1}
+    factors = robust_factors(losses, mask, span_tokens=2, **options)
+    # spans of means 2, 4, 6, -5: all of one size, so equal weights of tokens are equal weights of spans
+    means = torch.tensor([2.0, 4.0, 6.0, -5.0])
+    mixed = (factors * losses)[mask].mean()
+    assert mixed.item() == pytest.approx(robust_loss(means, **options).item(), rel=1e-6)
+    assert factors[mask].mean().item() == pytest.approx(1)
+    assert (factors[~mask] == 1).all()
+    assert (robust_factors(losses, mask, span_tokens=2, divergence="kl", radius=0) == 1).all()
 
 
 def test_a_small_chi_square_radius_adds_a_standard_deviation():

@@ -24,15 +24,15 @@ def test_sft_dpo_and_reward_learn_what_they_were_shown(chain):
 
 @pytest.mark.parametrize(
     ("loss", "words"),
-    [("rdpo", ["--dpo.length_coef=0.02"]), ("simpo", ["--dpo.beta=2", "--dpo.margin=0.5"])],
+    [("rdpo", ["--dpo.length_coef=0.02"]), ("simpo", ["--dpo.beta=2", "--dpo.margin=0.5"]), ("una", [])],
 )
 def test_dpos_neighbours_learn_pairs_too(loss, words, chain, tmp_path):
     run_ranks(run_stage, 1, "dpo", chain, [f"--run_dir={tmp_path}", f"--dpo.loss={loss}", *words])
     rows = [row for row in rows_of(tmp_path) if "dpo/loss" in row]
     assert rows[-1]["dpo/loss"] < rows[0]["dpo/loss"]
     assert rows[-1]["dpo/margin"] > rows[0]["dpo/margin"]
-    # at the reference R-DPO's implicit rewards are 0; SimPO's are log-probs
-    assert (abs(rows[0]["dpo/chosen_reward"]) < 1e-4) == (loss == "rdpo")
+    # at the reference the implicit rewards are 0; SimPO's are log-probs
+    assert (abs(rows[0]["dpo/chosen_reward"]) < 1e-4) == (loss != "simpo")
 
 
 @pytest.mark.parametrize("loss", ["tdpo1", "tdpo2"])

@@ -39,26 +39,39 @@ def _short(word: str) -> str:
 
 
 def methods(rates: tuple[float, float], *, dpo_rates: tuple[float, float]) -> list[Method]:
-    """All of them, with a grid of six points each: two learning rates, and three values of what the method adds.
+    """All of them, with a grid of four points each: two learning rates, and two values of what the method adds.
+
+    Of these two one is the paper's or the default, and DRTO adds to RTO at its default coefficient.
 
     Args:
         rates: of the policy in PPO and its kin.
         dpo_rates: of DPO and its kin.
     """
-    rate, kl = ("optimizer.lr", rates), ("rto.kl_coef", (0.01, 0.05, 0.2))
-    dense = (rate, ("rto.dpo_coef", (0.05, 0.3, 1)))
-    free = ("--rto.dpo_clip=null",)  # the larger coefficient would be cut to the smaller one
-    plain, no_critic = ("--rto.dpo_coef=0",), ("--advantage.estimator=reinforce_pp",)
-    dpo_rate = ("optimizer.lr", dpo_rates)
+
+    def of_pairs(name: str, title: str, setting: str, *values: float, words: tuple[str, ...] = ()) -> Method:
+        own = () if name == "dpo" else (f"--dpo.loss={name}",)
+        return Method(name, title, "dpo", (*own, *words), (("optimizer.lr", dpo_rates), (setting, values)))
+
+    def sampling(
+        name: str, title: str, *values: float, setting: str = "rto.dpo_coef", words: tuple[str, ...] = ()
+    ) -> Method:
+        # unclipped: the larger coefficient would be cut to the smaller one
+        kind, own = ("ppo", "--rto.dpo_coef=0") if setting == "rto.kl_coef" else ("rto", "--rto.dpo_clip=null")
+        return Method(name, title, kind, (own, *words), (("optimizer.lr", rates), (setting, values)))
+
+    no_critic = ("--advantage.estimator=reinforce_pp",)
     return [
-        Method("dpo", "DPO", "dpo", (), (dpo_rate, ("dpo.beta", (0.1, 0.3, 0.03)))),
-        Method("rdpo", "R-DPO", "dpo", ("--dpo.loss=rdpo",), (dpo_rate, ("dpo.length_coef", (0.01, 0.05, 0.2)))),
-        Method("simpo", "SimPO", "dpo", ("--dpo.loss=simpo", "--dpo.margin=0.5"), (dpo_rate, ("dpo.beta", (2, 5, 10)))),
-        Method("ppo", "PPO", "ppo", plain, (rate, kl)),
-        Method("rto", "RTO", "rto", free, dense),
-        Method("semi_rto", "Semi-RTO", "rto", (*free, "--rto.shaping=sentence"), dense),
-        Method("ddpo", "DDPO", "rto", (*free, "--rto.shaping=terminal"), dense),
-        Method("rs_ppo", "RS-PPO", "rto", (*free, "--rto.shaping=shaping_only"), dense),
-        Method("rpp", "REINFORCE++", "ppo", (*plain, *no_critic), (rate, kl)),
-        Method("rpp_token", "REINFORCE++, token rewards", "rto", (*free, *no_critic), dense),
+        of_pairs("dpo", "DPO", "dpo.beta", 0.1, 0.03),
+        of_pairs("rdpo", "R-DPO", "dpo.length_coef", 0.01, 0.2),
+        of_pairs("simpo", "SimPO", "dpo.beta", 2, 5, words=("--dpo.margin=0.5",)),
+        of_pairs("tdpo2", "TDPO", "dpo.drift_coef", 0.2, 0.5),
+        of_pairs("una", "UNA", "dpo.beta", 0.1, 0.03),
+        sampling("ppo", "PPO", 0.01, 0.05, setting="rto.kl_coef"),
+        sampling("rto", "RTO", 0.05, 1),
+        sampling("semi_rto", "Semi-RTO", 0.05, 1, words=("--rto.shaping=sentence",)),
+        sampling("ddpo", "DDPO", 0.05, 0.3, words=("--rto.shaping=terminal",)),
+        sampling("rs_ppo", "RS-PPO", 0.05, 1, words=("--rto.shaping=shaping_only",)),
+        sampling("drto", "DRTO", 0.02, 0.1, setting="drto.radius", words=("--drto.span_tokens=4",)),
+        sampling("rpp", "REINFORCE++", 0.01, 0.05, setting="rto.kl_coef", words=no_critic),
+        sampling("rpp_token", "REINFORCE++, token rewards", 0.05, 1, words=no_critic),
     ]

@@ -5,17 +5,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from html import escape
-from pathlib import Path
 
 import numpy as np
 
 from examples.study.figures import Line, draw
-from examples.study.methods import Method
+from examples.study.records import NUMBERS, write_all
+from examples.study.run import Study
 from examples.study.statistics import Band, band, band_of, first_reach
-from examples.study.tasks import Task
 
-NUMBERS = {"gold": "eval/grade", "kl": "eval/kl", "score": "eval/score", "win_rate": "eval/grade_win_rate",
-           "length": "eval/response_length"}  # fmt: skip
 BASELINE = "ppo"
 CONTRASTS = (
     ("rto", "ddpo", "the same DPO reward in all: on the tokens, or at the end"),
@@ -27,17 +24,21 @@ CONTRASTS = (
         "the same return in all, told by token rewards; GAE sees the amount taken off at the end discounted",
     ),
     ("ddpo", "ppo", "both at the end: with the DPO policy's total, or the reward model's score alone"),
+    ("drto", "rto", "DRTO's loss for the worst spans at dpo_coef 0.05, or PPO's with the coefficient that was chosen"),
     ("rpp_token", "rpp", "without a critic: token rewards and score, or the score alone"),
 )
 """Pairs of methods that differ in one thing."""
 
 
-def write_report(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Method]) -> None:
-    """Read all runs of the test phase, write OUT/results."""
-    results = collect(task, out, seeds, methods)
-    folder = out / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+def write_report(study: Study) -> None:
+    """Read the records, write OUT/results."""
+    results = collect(study)
+    folder = study.out / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {name: value for name, value in results.items() if name != "methods"}  # its arrays are in the records
+    told["chosen"] = {name: entry["chosen"] for name, entry in results["methods"].items()}
+    (folder / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+    write_all(folder / "runs.jsonl", study.records.values())
     figures = _figures(results)
     for name, svg in figures.items():
         (folder / f"{name}.svg").write_text(svg)
@@ -45,40 +46,38 @@ def write_report(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[
     (folder / "results.md").write_text(text)
     (folder / "results.html").write_text(_html(text, figures))
     print(text)
-    print(f"{folder}: results.md, results.html, results.json, {', '.join(f'{name}.svg' for name in figures)}")
+    files = ("results.md", "results.html", "results.json", "runs.jsonl", *(f"{name}.svg" for name in figures))
+    print(f"{folder}: {', '.join(files)}")
 
 
-def collect(task: Task, out: Path, seeds: Sequence[int], methods: Sequence[Method]) -> dict:
+def collect(study: Study) -> dict:
     """All numbers; a method's arrays are [seed][evaluation]."""
-    from examples.study.run import choose, curve
-
+    have, seeds, task = study.records, study.seeds, study.task
     found: dict[str, dict] = {}
-    for method in methods:
-        point = choose(task, out, method)
-        entry: dict = {"title": method.title, "samples": method.stage != "dpo", "chosen": method.settings()[point]}
-        tried = [out / "tune" / f"{method.name}-{number}" for number in range(len(method.settings()))]
-        entry["tried"] = [
-            {"words": words, "gold": _last(path)}
-            for words, path in zip(method.settings(), tried, strict=True)
-            if method.grid
-        ]
-        for number, metric in NUMBERS.items():
-            if method.stage == "dpo":
-                entry[number] = [[_beside(out / f"seed-{seed}" / method.name, number)] for seed in seeds]
-            else:
-                rows = [curve(out / f"seed-{seed}" / method.name) for seed in seeds]
-                entry[number] = [[row[metric] for row in run] for run in rows]
-                entry["steps"] = [row["step"] for row in rows[0]]
-        if method.stage != "dpo":
-            entry["return"] = [returns(out / f"seed-{seed}" / method.name, entry["steps"]) for seed in seeds]
+    for method in study.methods:
+        runs = [have[seed, method.name] for seed in seeds]
+        entry: dict = {"title": method.title, "samples": bool(runs[0].steps)}
+        entry["chosen"] = list(method.settings()[study.choose(method)])
+        entry["tried"] = []
+        if study.has_grid(method):
+            golds = study.tried(method)
+            entry["tried"] = [{"words": list(w), "gold": g} for w, g in zip(method.settings(), golds, strict=True)]
+        entry |= {number: [run.numbers[number] for run in runs] for number in NUMBERS}
+        if entry["samples"]:
+            entry["steps"] = runs[0].steps
+            entry["return"] = [run.numbers["return"] for run in runs]
         found[method.name] = entry
-    starts = [_held_out(out / f"seed-{seed}") for seed in seeds]
+    starts = [have[seed, "start"].numbers for seed in seeds]
+    start = {name: [numbers[name][0] for numbers in starts] for name in starts[0]}
+    sampled = next((entry for entry in found.values() if entry["samples"]), None)
+    if sampled is not None:
+        start["gold"] = [run[0] for run in sampled["gold"]]
     return {
         "task": task.name,
         "seeds": list(seeds),
         "samples_per_step": task.samples_per_step,
         "best": task.best,
-        "start": {name: [start[name] for start in starts] for name in starts[0]},
+        "start": start,
         "methods": found,
         "summary": summarise(found, task.samples_per_step),
         "contrasts": contrasts(found),
@@ -260,15 +259,17 @@ def _hacking(results: dict) -> list[str]:
 
 def _grid(results: dict) -> list[str]:
     lines = [
-        "Gold on the validation prompts at the end, one tuning seed that is no test seed; the highest was taken.",
+        "Gold on the validation prompts at the end, of tuning seeds that no result is of; the highest mean was taken.",
         "",
     ]
-    lines += ["| method | setting | gold |", "|---|---|---|"]
+    lines += ["| method | setting | mean | of each seed |", "|---|---|---|---|"]
     for entry in results["methods"].values():
         for tried in entry["tried"]:
             mark = "**" if tried["words"] == entry["chosen"] else ""
             words = " ".join(word.removeprefix("--") for word in tried["words"])
-            lines.append(f"| {entry['title']} | {mark}{words}{mark} | {tried['gold']:.2f} |")
+            mean = sum(tried["gold"]) / len(tried["gold"])
+            each = ", ".join(f"{gold:.2f}" for gold in tried["gold"])
+            lines.append(f"| {entry['title']} | {mark}{words}{mark} | {mean:.2f} | {each} |")
     return lines
 
 
@@ -294,37 +295,3 @@ def _html(text: str, figures: dict[str, str]) -> str:
     plain = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
     head = '<!doctype html><meta charset="utf-8"><title>Study</title><body style="font-family:sans-serif;margin:2em">'
     return f"{head}{''.join(figures.values())}<pre style='white-space:pre-wrap'>{escape(plain)}</pre>\n"
-
-
-def returns(run_dir: Path, steps: Sequence[int]) -> list[float]:
-    """What the method maximises, a response's rewards in all, in the step that each evaluation precedes (the last)."""
-    lines = (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()
-    found = {row["step"]: row["reward/total_sum"] for row in map(json.loads, lines) if "reward/total_sum" in row}
-    return [found[min(step, max(found))] for step in steps]
-
-
-def _last(path: Path) -> float:
-    from examples.study.run import final_gold
-
-    return final_gold(path)
-
-
-def _beside(run_dir: Path, number: str) -> float:
-    """Of a policy that did not sample, by the evaluation beside it."""
-    name = {"gold": "grade", "win_rate": "grade_win_rate"}.get(number, number)
-    return json.loads((run_dir / "evaluation" / "evaluation.json").read_text())["rows"][1][name]
-
-
-def _held_out(folder: Path) -> dict[str, float]:
-    """What a seed begins with: how well the pairs were learned, and gold of the start."""
-    from examples.study.run import curve
-
-    def last(run: str, metric: str) -> float:
-        lines = (folder / run / "tensorboard" / "metrics.jsonl").read_text().splitlines()
-        return [row[metric] for row in map(json.loads, lines) if metric in row][-1]
-
-    return {
-        "reward_accuracy": last("reward", "reward_model/eval_accuracy"),
-        "dpo_accuracy": last("dpo-0", "dpo/eval_accuracy"),
-        "gold": curve(folder / BASELINE)[0]["eval/grade"],
-    }

@@ -2,10 +2,10 @@
 
 Everything is a run folder of the ordinary stages, so the run goes on where it stopped, and each can be looked at alone:
 
-    OUT/seed-S/{sft,answers.jsonl,pairs.jsonl,reward,dpo,...}     the start of a seed and what is learned from its pairs
-    OUT/tune/METHOD-N                                             point N of a method's grid, on the validation prompts
-    OUT/chosen.json                                               the point of each method
-    OUT/seed-S/METHOD                                             with that point, on the test prompts
+    OUT/seed-S/{sft,answers.jsonl,pairs.jsonl,reward,dpo-0,...}   the start of a seed and what is learned from its pairs
+    OUT/seed-S/tune/METHOD-N                                      point N of a method's grid, on the validation prompts
+    OUT/seed-S/METHOD                                             with the chosen point, on the test prompts
+    OUT/records/seed-S/...                                        what came out of each, as small JSON (records.py)
 """
 
 import argparse
@@ -15,14 +15,17 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from examples.study import records
 from examples.study.methods import Method
+from examples.study.records import Record, Records
 from examples.study.sentiment import DATA
 from examples.study.tasks import TASKS, Task, label_pairs
 
-TUNING_SEED = 1000
-"""Of the start on which grids are tried; no result is of it."""
+TUNING_SEEDS = (1001, 1002, 1003)
+"""Of the starts on which grids are tried; no result is of them."""
 TEST, VALIDATION = "test.jsonl", "validation.jsonl"
 
 
@@ -32,11 +35,13 @@ def main(words: list[str]) -> int:
     parser.add_argument("task", choices=list(TASKS))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, help="folder of the study `sentiment`; see sentiment.py")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--methods", nargs="*", help="names in methods.py; all by default")
+    parser.add_argument("--point", type=int, help="of every method's grid, instead of trying the grid")
     parser.add_argument("--also", nargs="*", default=[], help="METHOD:POINT, a point that was not chosen, beside it")
+    parser.add_argument("--known", type=Path, help="runs.jsonl of a study: its runs need not be done again")
     parser.add_argument("--phase", choices=["start", "tune", "test", "report"], help="only this one")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -47,31 +52,25 @@ def main(words: list[str]) -> int:
     chosen = [method for method in task.methods if not options.methods or method.name in options.methods]
     by_name = {method.name: method for method in task.methods}
     pinned = [by_name[name].pinned(int(point)) for name, _, point in (spec.partition(":") for spec in options.also)]
-    phases: dict[str, Callable[[], list[Job]]] = {
-        "start": lambda: [Job(task, out, "start", seed) for seed in (TUNING_SEED, *seeds)],
-        "tune": lambda: [
-            Job(task, out, "tune", TUNING_SEED, method, point)
-            for point in range(max(len(method.settings()) for method in chosen))
-            for method in chosen
-        ],
-        "test": lambda: [
-            Job(task, out, "test", seed, method, choose(task, out, method))
-            for seed in seeds
-            for method in [*chosen, *pinned]
-        ],
-    }
+    study = Study(task, out, seeds, [*chosen, *pinned], known=options.known, point=options.point)
+    phases: dict[str, Callable[[], list[Job]]] = {"start": study.starts, "tune": study.tuning, "test": study.tests}
     if options.worker is not None:
+        from rto_megatron.distributed.children import end_with
+
+        end_with(os.getppid())
         for job in phases[options.phase]()[options.worker :: options.workers]:
-            job.run()
+            if study.is_due(job):
+                job.run()
         return 0
-    task.get_base(out)
     for phase in phases if options.phase is None else [options.phase]:
-        if phase != "report" and not _in_parallel(words, phase, options.workers):
-            return 1
+        if phase != "report" and any(map(study.is_due, phases[phase]())):
+            task.get_base(out)
+            if not _in_parallel(words, phase, options.workers):
+                return 1
     if options.phase in (None, "report"):
         from examples.study.report import write_report
 
-        write_report(task, out, seeds, [*chosen, *pinned])
+        write_report(study)
     return 0
 
 
@@ -84,38 +83,141 @@ def _in_parallel(words: list[str], phase: str, workers: int) -> bool:
     return not any(codes)
 
 
+class Study:
+    """A task, its seeds and methods, and what is known of their runs."""
+
+    def __init__(
+        self,
+        task: Task,
+        out: Path,
+        seeds: range,
+        methods: list[Method],
+        *,
+        known: Path | None = None,
+        point: int | None = None,
+    ) -> None:
+        self.task, self.out, self.seeds, self.methods = task, out, seeds, methods
+        self._known, self._point = known, point
+
+    @property
+    def records(self) -> Records:
+        """As they are now."""
+        return records.read(self.out / "records", self._known)
+
+    # Jobs are dealt to workers by their places in these lists, so what is done already stays in them.
+
+    def starts(self) -> list["Job"]:
+        """Of all seeds."""
+        tuning = TUNING_SEEDS if any(map(self.has_grid, self.methods)) else ()
+        return [Job(self, "start", seed) for seed in (*tuning, *self.seeds)]
+
+    def tuning(self) -> list["Job"]:
+        """All points of all grids: none where the point is given."""
+        return [
+            Job(self, f"tune/{method.name}-{point}", seed, method, point)
+            for seed in TUNING_SEEDS
+            for method in self.methods
+            if self.has_grid(method)
+            for point in range(len(method.settings()))
+        ]
+
+    def tests(self) -> list["Job"]:
+        """Every method with its chosen point, on every seed."""
+        points = {method.name: self.choose(method) for method in self.methods}
+        return [Job(self, m.name, seed, m, points[m.name]) for seed in self.seeds for m in self.methods]
+
+    def is_due(self, job: "Job") -> bool:
+        """Whether it is still to be done; a start, where anything of its seed is."""
+        have = self.records
+        if job.method is not None or not job.is_known(have):
+            return not job.is_known(have)
+        if job.seed in self.seeds:
+            return any((job.seed, method.name) not in have for method in self.methods)
+        return any(not other.is_known(have) for other in self.tuning() if other.seed == job.seed)
+
+    def choose(self, method: Method) -> int:
+        """The point with the highest mean gold over the tuning seeds, at the ends of the runs: a collapse counts."""
+        if not method.grid:
+            return 0
+        if self._point is not None:
+            return self._point
+        means = [sum(grades) / len(grades) for grades in self.tried(method)]
+        return max(range(len(means)), key=lambda point: means[point])
+
+    def tried(self, method: Method) -> list[list[float]]:
+        """[point][tuning seed] gold on the validation prompts."""
+        have = self.records
+        return [
+            [have[seed, f"tune/{method.name}-{point}"].final_gold for seed in TUNING_SEEDS]
+            for point in range(len(method.settings()))
+        ]
+
+    def has_grid(self, method: Method) -> bool:
+        """Whether its grid is tried."""
+        return bool(method.grid) and self._point is None
+
+
+@dataclass(frozen=True)
 class Job:
     """Some runs that need each other, in one process: most of a small run's time would be its start."""
 
-    def __init__(
-        self, task: Task, out: Path, phase: str, seed: int, method: Method | None = None, point: int = 0
-    ) -> None:
-        self.task, self.out, self.phase, self.seed, self.method, self.point = task, out, phase, seed, method, point
-        self.folder = out / f"seed-{seed}"
+    study: Study
+    name: str
+    """As in its record."""
+    seed: int
+    method: Method | None = None
+    point: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Of the seed."""
+        return self.study.out / f"seed-{self.seed}"
+
+    @property
+    def settings(self) -> list[str]:
+        """What tells it from other runs of its name."""
+        return [] if self.method is None else [*self.method.words, *self.method.settings()[self.point]]
+
+    def is_known(self, have: Records) -> bool:
+        """Whether its record is there.
+
+        Raises:
+            SystemExit: there is one, of other settings.
+        """
+        found: Record | None = have.get((self.seed, self.name))
+        if found is not None and found.settings != self.settings:
+            raise SystemExit(
+                f"{self.study.out}: seed {self.seed} of {self.name} was run with {' '.join(found.settings)}, now it is "
+                f"{' '.join(self.settings)}; take another --out, or another --known"
+            )
+        return found is not None
 
     def run(self) -> None:
-        """Do what is not there yet."""
+        """Do what is not there yet, and keep what came out."""
         if self.method is None:
             self._start()
+            record = records.of_start(self.seed, self.settings, self.folder)
         else:
-            self._method(self.method)
+            record = self._method(self.method)
+        records.write(self.study.out / "records", record)
 
     def _start(self) -> None:
         """SFT from scratch, pairs from its own answers, the reward model and the DPO policy of these."""
-        task, folder = self.task, self.folder
+        task, folder = self.study.task, self.folder
         if (folder / "dpo-0" / "done").exists():
             return
         task.prepare(folder, self.seed)
         sft = [f"--run_dir={folder}/sft", f"--data.train={folder}/sft.jsonl", f"--seed={self.seed}"]
-        stage("sft", [*sft, *task.start(self.out, folder)], folder / "sft")
-        if not (folder / "pairs.jsonl").exists():
+        stage("sft", [*sft, *task.start(self.study.out, folder)], folder / "sft")
+        if not (folder / "pairs_train.jsonl").exists():
             asks = [f"--checkpoint={folder}/sft", f"--prompts={folder}/to_answer.jsonl", f"--seed={self.seed}"]
             run_stage("generate", [*asks, f"--out={folder}/answers.jsonl", *task.answers])
             label_pairs(task, folder / "answers.jsonl", folder / "pairs.jsonl", self.seed)
             rows = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
             cut = len(rows) // 8
             (folder / "pairs_held_out.jsonl").write_text("".join(rows[:cut]))
-            (folder / "pairs_train.jsonl").write_text("".join(rows[cut:]))
+            (folder / "pairs_train.new").write_text("".join(rows[cut:]))
+            (folder / "pairs_train.new").rename(folder / "pairs_train.jsonl")
         stage("reward", [*self._from_pairs("reward"), *task.reward], folder / "reward")
         # what RTO reads: the first point of DPO's grid, whatever is chosen for DPO itself
         [dpo, *_] = [method for method in task.methods if method.name == "dpo"]
@@ -124,57 +226,36 @@ class Job:
     def _from_pairs(self, name: str) -> list[str]:
         folder = self.folder
         data = [f"--data.train={folder}/pairs_train.jsonl", f"--data.eval={folder}/pairs_held_out.jsonl"]
-        return [f"--run_dir={folder}/{name}", f"--start={folder}/sft", *data, f"--seed={self.seed}", *self.task.pairs]
+        begins = [f"--run_dir={folder}/{name}", f"--start={folder}/sft"]
+        return [*begins, *data, f"--seed={self.seed}", *self.study.task.pairs]
 
-    def _method(self, method: Method) -> None:
-        """A method with a point of its grid; the tuning seed on the validation prompts, the others on the test ones."""
-        task, folder = self.task, self.folder
-        tuning = self.phase == "tune"
-        run_dir = self.out / "tune" / f"{method.name}-{self.point}" if tuning else folder / method.name
-        words = [*method.words, *method.settings()[self.point]]
-        prompts = folder / (VALIDATION if tuning else TEST)
+    def _method(self, method: Method) -> Record:
+        """A method with a point of its grid; tuning is on the validation prompts, results are on the test ones."""
+        task, folder, run_dir = self.study.task, self.folder, self.folder / self.name
+        prompts = folder / (VALIDATION if self.name.startswith("tune/") else TEST)
         if method.stage == "dpo":
-            stage("dpo", [*self._from_pairs("x")[1:], f"--run_dir={run_dir}", *words], run_dir)
+            stage("dpo", [*self._from_pairs(self.name), *self.settings], run_dir)
             self._evaluate(run_dir, prompts)
-            return
+            beside = run_dir / "evaluation" / "evaluation.json"
+            return records.of_pairs(self.seed, self.name, self.settings, beside)
         roles = {"policy": "sft", "reference": "sft", "dpo": "dpo-0", "reward_model": "reward"}
         data = [f"--data.train={folder}/train.jsonl", f"--data.eval={prompts}", f"--grader={task.grader}"]
         small = ["--checkpoint.optimizer_at_end=false", "--credit.responses=0", f"--seed={self.seed}"]
         starts = [f"--{role}={folder}/{name}" for role, name in roles.items()]
         samples = [*task.samples, *task.answers]
-        stage(method.stage, [f"--run_dir={run_dir}", *starts, *data, *small, *samples, *words], run_dir)
+        words = [f"--run_dir={run_dir}", *starts, *data, *small, *samples, *self.settings]
+        stage(method.stage, words, run_dir)
+        return records.of_samples(self.seed, self.name, self.settings, run_dir)
 
     def _evaluate(self, run_dir: Path, prompts: Path) -> None:
         """What a policy that did not sample is worth: beside the start, on the same prompts."""
         if (run_dir / "evaluation" / "evaluation.json").exists():
             return
-        folder = self.folder
+        folder, task = self.folder, self.study.task
         roles = [f"--reference={folder}/sft", f"--reward_model={folder}/reward", f"--dpo={folder}/dpo-0"]
         words = ["--checkpoints", f"{folder}/sft", str(run_dir), *roles, f"--prompts={prompts}", "--num_shown=0"]
-        more = [f"--grader={self.task.grader}", f"--run_dir={run_dir}/evaluation", f"--seed={self.seed}"]
-        run_stage("evaluate", [*words, *more, *self.task.answers])
-
-
-def choose(task: Task, out: Path, method: Method) -> int:
-    """The point of a method's grid with the highest gold on the validation prompts, at the end of its run."""
-    if not method.grid:
-        return 0
-    grades = [final_gold(out / "tune" / f"{method.name}-{point}") for point in range(len(method.settings()))]
-    return max(range(len(grades)), key=lambda point: grades[point])
-
-
-def final_gold(run_dir: Path) -> float:
-    """Gold of the last evaluation of a run, or of the evaluation beside it."""
-    beside = run_dir / "evaluation" / "evaluation.json"
-    if beside.exists():
-        return json.loads(beside.read_text())["rows"][1]["grade"]
-    return curve(run_dir)[-1]["eval/grade"]
-
-
-def curve(run_dir: Path) -> list[dict[str, float]]:
-    """The metrics of a run's evaluations, in the order of its steps."""
-    lines = (run_dir / "tensorboard" / "metrics.jsonl").read_text().splitlines()
-    return [row for row in map(json.loads, lines) if "eval/grade" in row]
+        more = [f"--grader={task.grader}", f"--run_dir={run_dir}/evaluation", f"--seed={self.seed}"]
+        run_stage("evaluate", [*words, *more, *task.answers])
 
 
 def stage(name: str, words: list[str], run_dir: Path) -> None:

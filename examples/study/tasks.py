@@ -4,7 +4,8 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from examples.study import bigrams, sentiment
@@ -55,13 +56,15 @@ def label_pairs(task: Task, answers: Path, out: Path, seed: int) -> None:
     bigrams.write_rows(out, pairs)
 
 
-def _prepare_bigrams(folder: Path, seed: int) -> None:
+def _prepare_bigrams(
+    folder: Path, seed: int, *, texts: int = 1500, pairs: int = 4096, train: int = 2048, held_out: int = 128
+) -> None:
     bigrams.write_tokenizer(folder / "tokenizer")
-    bigrams.write_texts(folder / "sft.jsonl", f"texts {seed}", 1500)
-    bigrams.write_prompts(folder / "to_answer.jsonl", f"pairs {seed}", 4096, copies=2)
-    bigrams.write_prompts(folder / "train.jsonl", f"train {seed}", 2048)
-    bigrams.write_prompts(folder / "validation.jsonl", "validation", 128)
-    bigrams.write_prompts(folder / "test.jsonl", "test", 128)
+    bigrams.write_texts(folder / "sft.jsonl", f"texts {seed}", texts)
+    bigrams.write_prompts(folder / "to_answer.jsonl", f"pairs {seed}", pairs, copies=2)
+    bigrams.write_prompts(folder / "train.jsonl", f"train {seed}", train)
+    bigrams.write_prompts(folder / "validation.jsonl", "validation", held_out)
+    bigrams.write_prompts(folder / "test.jsonl", "test", held_out)
 
 
 def bigram_task() -> Task:
@@ -95,6 +98,23 @@ def bigram_task() -> Task:
     )  # fmt: skip
 
 
+def smoke_task() -> Task:
+    """Study (a), as small as it gets: to see that a study runs, not to learn from it."""
+    whole = bigram_task()
+    short = ("--train.batch_size=8", "--train.num_epochs=1")
+    return replace(
+        whole,
+        name="smoke",
+        prepare=partial(_prepare_bigrams, texts=16, pairs=40, train=16, held_out=4),
+        methods=[method for method in whole.methods if method.name in ("dpo", "ppo", "rto")],
+        start=lambda *folders: [*whole.start(*folders), *short],
+        pairs=(*whole.pairs, *short),
+        reward=(),
+        samples=("--prompts_per_step=8", "--samples_per_optimizer_step=8", "--num_steps=2", "--eval_every=1"),
+        samples_per_step=8,
+    )
+
+
 def sentiment_task() -> Task:
     """Study (b); see `sentiment.py`."""
     longest = ("--data.max_length=96", "--train.batch_size=16", "--optimizer.warmup_frac=0.1")
@@ -120,4 +140,4 @@ def sentiment_task() -> Task:
     )  # fmt: skip
 
 
-TASKS = {"bigrams": bigram_task, "sentiment": sentiment_task}
+TASKS = {"bigrams": bigram_task, "sentiment": sentiment_task, "smoke": smoke_task}

@@ -9,7 +9,9 @@ import pytest
 
 from examples.study import bigrams, sentiment
 from examples.study.figures import Line, draw, ticks
+from examples.study.records import Record, read, write, write_all
 from examples.study.report import collapsed, contrasts, page, summarise
+from examples.study.run import Study
 from examples.study.statistics import band, band_of, first_reach
 from examples.study.tasks import TASKS, label_pairs
 from rto_megatron.config.load import load_run
@@ -107,7 +109,7 @@ def test_a_seed_has_its_own_reviews_and_all_have_the_same_test_prompts(tmp_path,
 @pytest.mark.parametrize("name", TASKS)
 def test_every_method_has_a_grid_of_one_size_whose_settings_its_stage_takes(name):
     task = TASKS[name]()
-    assert {len(method.settings()) for method in task.methods} == {6}
+    assert {len(method.settings()) for method in task.methods} == {4}
     for method, words in ((m, words) for m in task.methods for words in m.settings()):
         if method.stage == "dpo":
             needs = ["--run_dir=a", "--start=b", "--data.train=c", *task.pairs]
@@ -144,7 +146,12 @@ def test_resamples_that_never_get_there_make_the_band_open():
 
 
 def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
-    base = {"samples": True, "chosen": ("--a=1",), "tried": [{"words": ("--a=1",), "gold": 1.0}], "steps": [0, 1, 2]}
+    base = {
+        "samples": True,
+        "chosen": ("--a=1",),
+        "tried": [{"words": ("--a=1",), "gold": [1.0, 2.0]}],
+        "steps": [0, 1, 2],
+    }
     shape = {name: [[0.0, 1.0, 2.0]] * 3 for name in ("kl", "win_rate", "length", "return")}
     found = {
         "ppo": base | shape | {"title": "PPO", "gold": [[0, 3, 2], [0, 3.5, 2], [0, 4, 2]], "score": [[0, 1, 2]] * 3},
@@ -155,6 +162,7 @@ def test_the_page_says_who_leads_and_where_the_proxy_was_hacked():
     found["ddpo"] = found["rto"] | {"title": "DDPO", "gold": [[0, 1, 6], [0, 2, 6], [0, 3, 7]]}
     text = page(results | {"summary": summarise(found, 10), "contrasts": contrasts(found)})
     assert "| RTO - DDPO | 0.00 (0.00 to 0.00) ? | 1.17 (0.50 to 1.50) | the same DPO reward" in text
+    assert "| RTO | **a=1** | 1.50 | 1.00, 2.00 |" in text
     assert "At equal samples RTO is above PPO by gold: lead 4.33 (4.00 to 5.00)." in text
     assert "RTO's mean reaches PPO's final gold after 0.23" in text  # 2 of 4.33 on the way to 10 of 20 samples
     assert (
@@ -171,11 +179,44 @@ def test_a_seed_has_collapsed_if_its_gold_fell_by_half_while_the_return_rose():
 
 def test_a_point_that_was_not_chosen_is_shown_as_such():
     [rto] = [method for method in TASKS["bigrams"]().methods if method.name == "rto"]
-    beside = rto.pinned(2)
-    assert beside.name == "rto-at-2"
+    beside = rto.pinned(1)
+    assert beside.name == "rto-at-1"
     assert beside.title == "RTO (lr=0.001 dpo_coef=1)"
     assert beside.settings() == [()]
-    assert beside.words == (*rto.words, *rto.settings()[2])
+    assert beside.words == (*rto.words, *rto.settings()[1])
+
+
+def record(seed, run, gold, settings=()):
+    return Record(seed=seed, run=run, settings=list(settings), steps=[0, 1], numbers={"gold": [0.0, gold]})
+
+
+def test_the_highest_mean_over_tuning_seeds_is_chosen_so_that_a_collapse_counts(tmp_path):
+    task = TASKS["bigrams"]()
+    [rto] = [method for method in task.methods if method.name == "rto"]
+    golds = [(10, 10, 10), (15, 15, 0), (9, 9, 9), (11, 11, 11)]
+    for point, settings in enumerate(rto.settings()):
+        for seed, gold in zip((1001, 1002, 1003), golds[point], strict=True):
+            write(tmp_path / "records", record(seed, f"tune/rto-{point}", gold, (*rto.words, *settings)))
+    study = Study(task, tmp_path, range(10, 12), [rto])
+    assert study.tried(rto)[1] == [15, 15, 0]
+    assert study.choose(rto) == 3
+    assert Study(task, tmp_path, range(10, 12), [rto], point=1).choose(rto) == 1
+    assert not any(map(study.is_due, study.tuning()))
+
+
+def test_a_study_that_is_told_of_runs_does_only_the_others(tmp_path):
+    task = TASKS["bigrams"]()
+    [ppo] = [method for method in task.methods if method.name == "ppo"]
+    settings = (*ppo.words, *ppo.settings()[0])
+    known = [record(10, "ppo", 1.0, settings), record(10, "start", 0.0)]
+    write_all(tmp_path / "runs.jsonl", known)
+    assert read(tmp_path / "nothing", tmp_path / "runs.jsonl") == {run.key: run for run in known}
+    study = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", point=0)
+    assert [job.seed for job in study.starts() if study.is_due(job)] == [11]
+    assert [job.seed for job in study.tests() if study.is_due(job)] == [11]
+    other = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", point=1)
+    with pytest.raises(SystemExit, match=r"seed 10 of ppo was run with --rto\.dpo_coef=0"):
+        other.is_due(other.tests()[0])
 
 
 def test_ticks_are_round_numbers_within_the_range():

@@ -1,66 +1,64 @@
-"""The study from start to page, tiny: one seed, three methods, two steps."""
+"""The study as its one command, tiny: killed on the way, started again, and gone on with by another study."""
 
+import contextlib
 import json
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
-from examples.study import bigrams
-from tests.ranks import run_ranks
-
-METHODS = ("dpo", "ppo", "rto")
+COMMAND = [sys.executable, "-m", "examples.study.run", "smoke", "--workers=2", "--seeds=1"]
 
 
-def prepare(folder, seed):
-    """A few rows of everything."""
-    bigrams.write_tokenizer(folder / "tokenizer")
-    bigrams.write_texts(folder / "sft.jsonl", f"texts {seed}", 16)
-    bigrams.write_prompts(folder / "to_answer.jsonl", f"pairs {seed}", 40, copies=2)
-    for name, count in (("train", 16), ("validation", 4), ("test", 4)):
-        bigrams.write_prompts(folder / f"{name}.jsonl", name, count)
+def study(out, *words):
+    return subprocess.run([*COMMAND, f"--out={out}", *words], capture_output=True, text=True, timeout=600)
 
 
-def study(out):
-    """All phases in this process; then once more, which finds all of it done."""
-    from examples.study.report import write_report
-    from examples.study.run import TUNING_SEED, Job, choose
-    from examples.study.tasks import bigram_task
-
-    whole = bigram_task()
-    task = replace(
-        whole,
-        prepare=prepare,
-        methods=[method for method in whole.methods if method.name in METHODS],
-        start=lambda *folders: [*whole.start(*folders), "--train.batch_size=8", "--train.num_epochs=1"],
-        pairs=(*whole.pairs, "--train.batch_size=8", "--train.num_epochs=1"),
-        reward=(),
-        samples=("--prompts_per_step=8", "--samples_per_optimizer_step=8", "--num_steps=2", "--eval_every=1"),
-        samples_per_step=8,
-    )
-    for _ in range(2):
-        for seed in (TUNING_SEED, 0):
-            Job(task, out, "start", seed).run()
-        for method in task.methods:
-            for point in range(len(method.settings())):
-                Job(task, out, "tune", TUNING_SEED, method, point).run()
-            Job(task, out, "test", 0, method, choose(task, out, method)).run()
-        beside = task.methods[-1].pinned(1)
-        Job(task, out, "test", 0, beside).run()
-    write_report(task, out, [0], [*task.methods, beside])
+def files(out):
+    return {path.relative_to(out) for path in (out / "records").rglob("*.json")}
 
 
 @pytest.mark.slow
-def test_a_study_runs_from_start_to_page(tmp_path):
-    run_ranks(study, 1, tmp_path, timeout=600)
-    results = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert list(results["methods"]) == [*METHODS, "rto-at-1"]
-    assert results["methods"]["rto"]["steps"] == [0, 1, 2]
-    start = results["methods"]["ppo"]["gold"][0][0]
-    assert results["methods"]["rto"]["gold"][0][0] == start == results["start"]["gold"][0]  # one start, same samples
-    assert results["methods"]["rto"]["gold"][0][-1] != results["methods"]["ppo"]["gold"][0][-1]
+def test_a_study_that_was_killed_goes_on_and_another_goes_on_from_its_records(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen([*COMMAND, f"--out={one}"], stdout=log, stderr=log)
+    until = time.monotonic() + 300
+    while not len(files(one)) > 6 and time.monotonic() < until:
+        time.sleep(0.2)
+    workers = psutil.Process(first.pid).children(recursive=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
+    psutil.wait_procs(workers, timeout=30)
+    assert not [worker for worker in workers if worker.is_running()], "workers end with the study"
+    before = {path: (one / path).stat().st_mtime_ns for path in files(one)}
+    assert 6 < len(before) < 3 * 12 + 4
+
+    ended = study(one)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert all((one / path).stat().st_mtime_ns == when for path, when in before.items())
+    assert len(files(one)) == 3 * 12 + 4 + 3  # three methods of four points on three seeds, four starts, three results
     for name in ("results.md", "results.html", "gold-samples.svg", "gold-kl.svg"):
-        assert (tmp_path / "results" / name).stat().st_size > 500
-    other = tmp_path / "seed-0" / "rto" / "done"
-    other.write_text("[]")
-    with pytest.raises(AssertionError, match="was run with other settings"):
-        run_ranks(study, 1, tmp_path, timeout=600)
+        assert (one / "results" / name).stat().st_size > 500
+    runs = [json.loads(line) for line in (one / "results" / "runs.jsonl").read_text().splitlines()]
+    at = {(run["seed"], run["run"]): run for run in runs}
+    rto, ppo = at[10, "rto"], at[10, "ppo"]
+    assert rto["steps"] == [0, 1, 2]
+    assert rto["numbers"]["gold"][0] == ppo["numbers"]["gold"][0]  # one start, the same prompts
+    assert rto["numbers"]["kl"][-1] != ppo["numbers"]["kl"][-1]
+
+    ended = study(two, f"--known={one}/results/runs.jsonl", "--seeds=2")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {path.parts[1] for path in files(two)} == {"seed-11"}
+    assert "2 seeds" in (two / "results" / "results.md").read_text()
+
+    with contextlib.suppress(FileNotFoundError):
+        (one / "records" / "seed-10" / "rto.json").unlink()
+    (one / "seed-10" / "rto" / "done").write_text("[]")
+    ended = study(one)
+    assert ended.returncode != 0
+    assert "was run with other settings" in ended.stderr

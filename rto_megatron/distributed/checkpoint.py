@@ -119,12 +119,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         integrity = (folder / "integrity.json").read_bytes()
     except FileNotFoundError as missing:
         raise CheckpointError(
-            f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing; restore it, or name "
-            "another step in latest.txt"
+            f"{folder}: the checkpoint is not complete, {Path(missing.filename).name} is missing; {_way_out(folder)}"
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder}/checkpoint.json: cannot be read ({error}); the checkpoint is damaged, restore it or train again"
+            f"{folder}/checkpoint.json: cannot be read ({error}); the checkpoint is damaged, {_way_out(folder)}"
         ) from None
     if not isinstance(raw, dict) or raw.pop("format", None) != FORMAT:
         raise CheckpointError(
@@ -341,13 +340,22 @@ def verify(checkpoint: Checkpoint, part: str) -> None:
 def check_file(path: Path, found: str | None, written: str) -> None:
     """Raise CheckpointError unless a file has the hash that it was saved with; None where there is no file."""
     if found is None:
-        raise CheckpointError(f"{path}: is missing; the checkpoint is damaged, restore it or train again")
+        raise CheckpointError(f"{path}: is missing; the checkpoint is damaged, {_way_out(path)}")
     if found != written:
         raise CheckpointError(_changed(path))
 
 
 def _changed(path: Path) -> str:
-    return f"{path}: changed since it was saved; the checkpoint is damaged, restore it or train again"
+    return f"{path}: changed since it was saved; the checkpoint is damaged, {_way_out(path)}"
+
+
+def _way_out(damaged: Path) -> str:
+    """What a user can do about a step's folder, or a file in it: go on from the step before, if there is one."""
+    folder = next((path for path in (damaged, *damaged.parents) if STEP_NAME.fullmatch(path.name)), None)
+    steps = [path for path in folder.parent.glob("step_*") if STEP_NAME.fullmatch(path.name)] if folder else []
+    older = max((path for path in steps if folder and step_of(path) < step_of(folder)), key=step_of, default=None)
+    other = f", write {older.name}, which lies beside it, into {older.parent / TRACKER}" if older else ""
+    return f"restore it{other} or train again"
 
 
 def written_hashes(folder: Path) -> dict[str, str]:
@@ -357,7 +365,7 @@ def written_hashes(folder: Path) -> dict[str, str]:
         written = json.loads(path.read_text())
         files, own = dict(written["files"].items()), written["digest"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged, restore it or train again") from None
+        raise CheckpointError(f"{path}: cannot be read; the checkpoint is damaged, {_way_out(path)}") from None
     if own != digest_of(files):
         raise CheckpointError(_changed(path))
     return files

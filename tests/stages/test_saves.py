@@ -165,7 +165,9 @@ def test_the_one_before_loads_where_the_newest_is_damaged(chain, half, tmp_path)
     shard.write_bytes(shard.read_bytes()[:-9])
     said = run_ranks(what_it_says, 1, "rto", chain, words("rto", half))[0]
     assert f"policy_optimizer/{shard.name}: changed since it was saved; the checkpoint is damaged" in said
-    (folder.parent / "latest.txt").write_text("step_00000001\n")
+    tracker = folder.parent / "latest.txt"
+    assert f"restore it, write step_00000001, which lies beside it, into {tracker} or train again" in said
+    tracker.write_text("step_00000001\n")
     run_ranks(train, 1, "rto", chain, words("rto", half))
     assert newest(half).name.startswith("step_00000004")
 

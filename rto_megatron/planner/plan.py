@@ -130,7 +130,7 @@ def _show(
         )
     console.say("")
     show_phases(console, best.timed)
-    show_memory(console, best.memory, limit=gpu.memory)
+    show_memory(console, best.memory, gpu=options.gpu)
     sizes = Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
     work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=_roles(options))
     alone = longest_chain(

@@ -177,7 +177,7 @@ def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast,
     slots = min(sizes.slots, len(sizes.rows(0)))
     cache = lanes * slots * window * cache_bytes_of_a_token(setting)
     memory: Memory = {rank.name: by_phase(setting, rank, cache=cache) for rank in ranks_of(setting)}
-    show_memory(console, memory, limit=GPUS[options.gpu].memory)
+    show_memory(console, memory, gpu=options.gpu)
 
 
 def _show_bounds(

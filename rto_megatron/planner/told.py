@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from rto_megatron.doctor.findings import in_units
 from rto_megatron.metrics import Console
 from rto_megatron.planner.memory import Phase
+from rto_megatron.schedule.rooflines import GPUS
 from rto_megatron.schedule.trace import Row, summarise
 from rto_megatron.schedule.work import KINDS
 from rto_megatron.schedule.workload import seconds_per_step, steady
@@ -59,8 +60,8 @@ def show_phases(console: Console, found: Timed) -> None:
     console.say(f"ranks run different phases at once in {found.overlap:.0%} of the time\n")
 
 
-def show_memory(console: Console, memory: Memory, *, limit: float) -> None:
-    """A table a kind of rank: a line a part, a column a phase."""
+def show_memory(console: Console, memory: Memory, *, gpu: str) -> None:
+    """A table a kind of rank: a line a part, a column a phase. All is as it would be on GPUs of this name."""
     for rank, phases in memory.items():
         parts = dict.fromkeys(part for of_phase in phases.values() for part in of_phase)
         rows = [(part, *(in_units(held[part]) if part in held else "" for held in phases.values())) for part in parts]
@@ -71,8 +72,11 @@ def show_memory(console: Console, memory: Memory, *, limit: float) -> None:
             [*rows, ("sum", *map(in_units, sums))],
         )
     fullest = max(sum(held.values()) for phases in memory.values() for held in phases.values())
+    limit = GPUS[gpu].memory
     verdict = "fits into" if fullest <= limit else "DOES NOT FIT into"
-    console.say(f"the fullest rank needs {in_units(fullest)}, which {verdict} the {in_units(limit)} of a GPU\n")
+    console.say(
+        f"the fullest rank needs {in_units(fullest)}, which {verdict} the {in_units(limit)} of one {gpu} (--gpu)\n"
+    )
 
 
 def show_bounds(console: Console, found: Timed, *, work: float, alone: float) -> None:

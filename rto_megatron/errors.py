@@ -2,7 +2,7 @@
 
 USER_ERROR = 2
 NOT_PROVEN = 3
-"""Of parity and verify-resume, where a comparison fails."""
+"""Of parity, verify-resume and verify-schedule, where a comparison fails."""
 STOPPED = 75
 """Of a run that was asked to stop and can go on: EX_TEMPFAIL, "try again later"."""
 

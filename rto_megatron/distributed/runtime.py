@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rto_megatron.config.parallel import ComputeConfig
 from rto_megatron.distributed import cpu
+from rto_megatron.distributed.children import LAUNCHER
 from rto_megatron.errors import ConfigError, UserError
 
 HOST_BACKEND = "gloo"
@@ -148,7 +149,7 @@ def is_main_of_node() -> bool:
 
 def environment_alone() -> dict[str, str]:
     """This process's environment without what torchrun put into it: for a child that is no rank of this world."""
-    ours = ("RANK", "RTO_MEGATRON_LAUNCHER", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
+    ours = ("RANK", LAUNCHER, "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_")
     return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 

@@ -15,7 +15,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,7 +53,6 @@ DRAFT = ".tmp"
 
 RESERVE, RESERVE_BYTES = "reserve", 8 << 20
 """Room that is kept while the large files are written: the small ones are written by one rank while others wait."""
-
 
 HASHES = "hashes-of-rank-"
 """Beginning of the names of files by which the writers say that they are done."""
@@ -99,7 +97,7 @@ class Saver:
         self._under_way: _UnderWay | None = None
         if is_main():
             for leftover in self.root.glob(f"step_*{DRAFT}"):
-                if re.fullmatch(rf"step_\d{{8,}}(\.\d+)?{DRAFT}", leftover.name):
+                if STEP_NAME.fullmatch(leftover.name.removesuffix(DRAFT)):
                     shutil.rmtree(leftover, ignore_errors=True)
 
     def start(

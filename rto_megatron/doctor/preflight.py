@@ -8,6 +8,7 @@ differs is named with the nodes that differ. A minute before a run, in place of 
 
 import hashlib
 import platform
+import resource
 import shutil
 import socket
 import tempfile
@@ -173,8 +174,6 @@ def _seen_of(path: Path) -> str:
 
 
 def _open_files() -> int:
-    import resource
-
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 

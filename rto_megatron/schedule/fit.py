@@ -36,10 +36,10 @@ class Fitted:
         """Fit all kinds and roles that the trace holds.
 
         Args:
-            num_bytes: role of a refit -> bytes that a group gets, in the run that is to be told, which a schedule does
-                not know; null takes the trace's, of those who got any.
             rows: of one run or several, one after the other: a row an item and group, each group's in their order;
                 measured ones as `meet` and `of_leaders` leave them.
+            num_bytes: role of a refit -> bytes that a group gets, in the run that is to be told, which a schedule does
+                not know; None takes the trace's, of those who got any.
         """
         self.latency = _latency(rows)
         """Seconds from an item to the next that follows from it, for `simulate`."""

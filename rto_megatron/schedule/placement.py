@@ -5,8 +5,6 @@ A group is a model-parallel replica: the ranks that share one copy of a model, a
 
 from dataclasses import dataclass
 
-MAPS = ("colocated", "fused", "split")
-
 
 @dataclass(frozen=True, kw_only=True)
 class RoleMap:

@@ -74,7 +74,7 @@ class Workload:
         return simulate(schedule, responses, cost, latency=latency)
 
 
-def padding(workload: "Workload", num: int, *, rows: int) -> float:
+def padding(workload: Workload, num: int, *, rows: int) -> float:
     """Tokens that are computed for each one that counts, where microbatches of so many samples are padded."""
     totals = [workload.prompt_tokens + length for length in workload.lengths(0, num)]
     micros = [totals[at : at + rows] for at in range(0, num, rows)]

@@ -87,7 +87,6 @@ COMPARED_BY_CONTENT = (
 LENGTHS = ("num_steps", "train.num_epochs", "train.max_steps")
 """A run may be made longer; its learning-rate schedule becomes that of the new length."""
 
-
 ALARM = "alarm."
 """Before the names of alarms among the numbers of a manifest."""
 
@@ -104,7 +103,6 @@ class Progress:
     """Decode batches of a step, where minibatches are filled in the order in which responses end."""
     best: float | None = None
     """The best held-out number at which a checkpoint was saved, with checkpoint.keep_best."""
-
     first_entropy: float | None = None
     """Of the policy in the run's first step, nats: what its later entropy is compared with."""
     alarms: dict[str, float] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from rto_megatron.distributed.checkpoint import (
     largest_difference,
     open_checkpoint,
     relative_difference,
+    step_of,
 )
 from rto_megatron.distributed.runtime import start_runtime, world_size
 from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
@@ -143,7 +144,7 @@ class Proof:
     def _step(self, run_dir: Path) -> int:
         """Of the newest checkpoint that has a name; 0 where there is none."""
         try:
-            return int((run_dir / "checkpoints" / TRACKER).read_text().strip().removeprefix("step_").partition(".")[0])
+            return step_of(Path((run_dir / "checkpoints" / TRACKER).read_text().strip()))[0]
         except FileNotFoundError:
             return 0
 

@@ -81,9 +81,8 @@ def main(path: Path | None, words: list[str]) -> int:
         raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {stage}")
     ranks = options.ranks or least_ranks(config)
     cast = cast_of(config, ranks)
-    opened = check_run(
-        config, cast.policy.num_replicas
-    )  # now, rather than in a world of its own: nothing is written yet
+    # now, rather than in a world of its own: nothing is written yet
+    opened = check_run(config, cast.policy.num_replicas)
     prompts_of(config, tokenizer_of(opened["policy"]))
     folder, console = config.run_dir / "verify-schedule", Console()
     shutil.rmtree(folder, ignore_errors=True)

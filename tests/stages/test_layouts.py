@@ -99,6 +99,15 @@ def test_a_smaller_reward_model_and_critic_give_the_same_step_on_every_layout(ch
         assert_same_step(result, alone)
 
 
+def test_the_worst_mixture_of_spans_is_that_of_the_whole_minibatch_however_it_is_dealt(single, chain):
+    words = ["--drto.radius=0.2", "--drto.span_tokens=3"]
+    alone = run_ranks(one_step, 1, chain, words)[0]
+    assert torch.equal(alone["advantages"], single["advantages"])
+    assert alone["norms"] != pytest.approx(single["norms"], rel=1e-2)
+    for result in run_ranks(one_step, 2, chain, words):
+        assert_same_step(result, alone)
+
+
 def test_ppo_is_rto_with_the_dpo_coefficient_0_bit_for_bit(single, chain):
     """With pi_dpo = pi_ref and with the coefficient at 0 the same numbers come out."""
     off = run_ranks(one_step, 1, chain, ["--rto.dpo_coef=0"])[0]

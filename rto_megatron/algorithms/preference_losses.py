@@ -132,7 +132,7 @@ def thumbs_loss(
     beta: float,
     num_pairs: int | Tensor,
 ) -> DPOLoss:
-    """UNA (arXiv 2408.15339) of pairs that are taken apart: a thumb up for the chosen side, one down for the rejected.
+    """UNA (arXiv 2408.15339, equation 12): the sides of a pair taken apart, as a thumb up and one down.
 
         - (log sigmoid(implicit(chosen)) + log sigmoid(-implicit(rejected))) / 2
 

@@ -1,4 +1,7 @@
-"""UNA (arXiv 2408.15339): the policy's log-ratio as an implicit reward that is fitted to explicit feedback."""
+"""UNA (arXiv 2408.15339): the policy's log-ratio as an implicit reward that is fitted to explicit feedback.
+
+Equations are numbered as in the PDF that its authors keep beside their code.
+"""
 
 from typing import Literal
 
@@ -11,7 +14,8 @@ from rto_megatron.algorithms.masked import widen
 def implicit_rewards(policy_log_probs: Tensor, ref_log_probs: Tensor, *, beta: float) -> Tensor:
     """The generalized implicit reward with f(x) = c = 0: beta * log(pi / pi_ref) of whole responses; [B] reward units.
 
-    A policy for which it equals the explicit reward up to an f(x) is the optimum of E[reward] - beta KL(pi || pi_ref).
+    Equation 6. A policy for which it equals the explicit reward up to an f(x) is the optimum of
+    E[reward] - beta KL(pi || pi_ref).
 
     Args:
         policy_log_probs, ref_log_probs: [B] nats, sums over a response.
@@ -31,9 +35,10 @@ def una_loss(
 ) -> Tensor:
     """Distance of the implicit reward from feedback on single responses; a scalar with a gradient.
 
-        score:   (implicit - feedback)^2                     feedback is a number, such as a reward model's score
-        binary:  cross-entropy of sigmoid(implicit) and it    feedback is the probability of a thumb up
+        score:   (implicit - feedback)^2                      equation 7 with a square for g; a reward model's score
+        binary:  cross-entropy of sigmoid(implicit) and it    equation 12; feedback is the probability of a thumb up
 
+    On scores in 0..1 the paper's own runs square the distance of sigmoid(implicit) instead (equation 13).
     Of pairs, the same on the difference of two implicit rewards is DPO: use `dpo_loss`.
 
     Args:

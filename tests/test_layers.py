@@ -56,7 +56,7 @@ PURE_SCHEDULE = {
         "workload",
         "pipeline_time",
     )
-} | {"data.shares", "distributed.timetable"}
+} | {"data.shares", "distributed.timetable", "rollout.blocks"}
 """Decides the schedule, and simulates it: imports no torch, directly or through others of ours."""
 DEVICE_WORDS = {"cuda", "nccl", "gloo", "transformer_engine"}
 DEVICE_MODULES = {"distributed.runtime", "distributed.cpu", "distributed.cpu_patches", "distributed.cpu_stand_ins"}

@@ -190,6 +190,9 @@ class RolloutConfig:
     """Tokens of a block of the cache of keys and values: a sequence takes a block when its last one is full and gives
     all back when it ends, so that memory follows what is written. 0 keeps a slot of max_prompt_tokens + max_new_tokens
     for each."""
+    kv_blocks: int | None = None
+    """Blocks of a decode batch, all made at its start; null makes them as they are needed. A sequence begins only when
+    it and those before it can all come to their full length: with few blocks fewer than `max_slots` decode together."""
     reuse_log_probs: bool = False
     """Take decoding's log-probs as pi_old (training only): the policy then scores `check_rows` responses a step, not
     all. Decoding rounds otherwise than the training forward, so PPO's first ratio is 1 up to that rounding."""
@@ -215,6 +218,8 @@ class RolloutConfig:
                 f"rollout.kv_block_tokens must be 0 or more, got {self.kv_block_tokens}; 0 gives each sequence a slot "
                 "of its own"
             )
+        if self.kv_blocks is not None:
+            self._check_blocks(self.kv_blocks)
         if self.temperature < 0:
             raise ValueError(f"rollout.temperature must be 0 or more, got {self.temperature}")
         if self.top_k < 0:
@@ -230,6 +235,40 @@ class RolloutConfig:
                 "rollout.reuse_log_probs must be false with rollout.truncation overwrite_eos, got true: decoding gives "
                 "no log-prob of an EOS that it did not draw; set truncation to keep"
             )
+
+    def _check_blocks(self, blocks: int) -> None:
+        if not self.kv_block_tokens:
+            raise ValueError(f"rollout.kv_blocks needs rollout.kv_block_tokens of 1 or more, got {blocks} blocks of 0")
+        least = self._blocks_of_longest
+        if blocks < least:
+            raise ValueError(
+                f"rollout.kv_blocks must hold a sequence of rollout.max_prompt_tokens + rollout.max_new_tokens, "
+                f"{self.longest} tokens or {least} blocks of {self.kv_block_tokens}, got {blocks}; raise it, or null "
+                "makes blocks as they are needed"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and response together."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    @property
+    def _blocks_of_longest(self) -> int:
+        return -(-self.longest // self.kv_block_tokens)
+
+    @property
+    def surely_together(self) -> int:
+        """Sequences that decode together even if all are of the longest."""
+        if self.kv_blocks is None:
+            return self.max_slots
+        return min(self.max_slots, self.kv_blocks // self._blocks_of_longest)
+
+    def most_cached(self, num_sequences: int) -> int:
+        """Tokens that the cache has room for when so many sequences are written together and all are of the longest."""
+        if not self.kv_block_tokens:
+            return num_sequences * self.longest
+        blocks = num_sequences * self._blocks_of_longest
+        return (1 + min(blocks, self.kv_blocks or blocks)) * self.kv_block_tokens  # one is nobody's: see `BlockTables`
 
     @property
     def log_prob_temperature(self) -> float:

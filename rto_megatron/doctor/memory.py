@@ -34,9 +34,8 @@ def cache_bytes(model: ModelConfig, config: Any, *, num_slots: int) -> int:
     """Keys and values of the sequences that are written together on one rank."""
     parallel, rollout = config.parallel, config.rollout
     groups = max(1, model.num_query_groups // parallel.tensor)
-    window = rollout.max_prompt_tokens + rollout.max_new_tokens
     per_token = 2 * groups * model.kv_channels * model.num_layers // parallel.pipeline
-    return num_slots * window * per_token * ITEM_BYTES[config.compute.dtype]
+    return rollout.most_cached(num_slots) * per_token * ITEM_BYTES[config.compute.dtype]
 
 
 def check_memory(found: Section, config: Any, models: Sequence[Model], place: Place, *, num_data: int) -> None:
@@ -72,7 +71,7 @@ def check_memory(found: Section, config: Any, models: Sequence[Model], place: Pl
         "more ranks with parallel.tensor or parallel.pipeline, compute.dtype bfloat16, optimizer.distributed true, "
         "adapters (lora, critic_lora), compute.offload_frozen; "
         "for activations compute.recompute, a smaller compute.micro_batch_tokens and, where one row is too long, "
-        "parallel.context; for the cache rollout.max_slots"
+        "parallel.context; for the cache rollout.max_slots or rollout.kv_blocks"
     )
     if certain > has:
         found.error(
@@ -119,7 +118,7 @@ def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dic
 def longest_of(config: Any) -> int:
     """Tokens of the longest row, or pair of rows, that the run trains on."""
     if hasattr(config, "rollout"):
-        return config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+        return config.rollout.longest
     return config.data.max_length * (2 if isinstance(config, DPORun | RewardRun) else 1)
 
 

@@ -159,7 +159,7 @@ def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast,
             raise
         console.say(f"memory is not told: it needs the checkpoints that the roles start from ({error})\n")
         return
-    place, window = cast.placement, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    place, window = cast.placement, config.rollout.longest
     setting = Setting(
         models=models,
         placement=place,
@@ -175,7 +175,7 @@ def _show_memory(console: Console, config: RTORun, options: Options, cast: Cast,
     )
     lanes = sizes.lanes // len(place.engines)
     slots = min(sizes.slots, len(sizes.rows(0)))
-    cache = lanes * slots * window * cache_bytes_of_a_token(setting)
+    cache = lanes * config.rollout.most_cached(slots) * cache_bytes_of_a_token(setting)
     memory: Memory = {rank.name: by_phase(setting, rank, cache=cache) for rank in ranks_of(setting)}
     show_memory(console, memory, gpu=options.gpu)
 

@@ -1,4 +1,9 @@
-"""Which blocks of a pool hold the tokens of which sequence."""
+"""Which blocks of a pool hold the tokens of which sequence, and when a pool of fixed size has room for another."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from rto_megatron.config.algorithm import RolloutConfig
 
 
 class BlockTables:
@@ -51,3 +56,45 @@ class BlockTables:
 def blocks_of(num_tokens: int, block_tokens: int) -> int:
     """Blocks that a sequence of so many tokens takes."""
     return -(-num_tokens // block_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPool:
+    """A pool that does not grow: sequences begin only while it holds all of them at their full length."""
+
+    blocks: int
+    """Nobody's block 0 not among them."""
+    block_tokens: int
+    longest: int
+    """Tokens of the longest sequence."""
+
+    @classmethod
+    def of(cls, config: RolloutConfig) -> "FixedPool | None":
+        """What a decode batch has; None where the config fixes no size."""
+        if config.kv_blocks is None:
+            return None
+        return cls(blocks=config.kv_blocks, block_tokens=config.kv_block_tokens, longest=config.longest)
+
+    def fitting(self, live: Collection[int], waiting: Sequence[int]) -> int:
+        """How many of the first that wait have room beside those that live; all by the tokens they may come to."""
+        left = self.blocks - sum(blocks_of(tokens, self.block_tokens) for tokens in live)
+        for number, tokens in enumerate(waiting):
+            left -= blocks_of(tokens, self.block_tokens)
+            if left < 0:
+                return number
+        return len(waiting)
+
+
+def num_beginning(live: Collection[int], waiting: Sequence[int], *, slots: int, pool: FixedPool | None) -> int:
+    """How many of the first that wait begin now: those that have room, once this is a quarter of it; else none.
+
+    A prefill for many costs less than one for each, so nobody begins beside others before.
+
+    Args:
+        live, waiting: tokens that each may come to; more than `slots` that wait need not be told.
+    """
+    room, together = min(slots - len(live), len(waiting)), slots
+    if pool is not None:
+        room = min(room, pool.fitting(live, waiting))
+        together = min(slots, pool.blocks // blocks_of(pool.longest, pool.block_tokens))
+    return 0 if live and room < min(len(waiting), max(1, together // 4)) else room

@@ -9,7 +9,7 @@ nothing to share, with one token a sequence: they all do the same, and take the 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.replica import agree_over_context, share_from_last_stage
 from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.models.gpt import PolicyModel
+from rto_megatron.rollout.blocks import FixedPool, blocks_of, num_beginning
 from rto_megatron.rollout.forward import ForwardPass
 from rto_megatron.rollout.recorded import RecordedSteps
 from rto_megatron.rollout.sampling import Rows, sample
@@ -85,6 +86,7 @@ class RolloutEngine:
         prefill_chunk_tokens: int | None = None,
         recorded: bool = False,
         kv_block_tokens: int = 0,
+        kv_blocks: int | None = None,
     ) -> None:
         """Take `model`, unwrapped; nothing is allocated before `generate`.
 
@@ -96,6 +98,7 @@ class RolloutEngine:
             recorded: decode by steps of few sizes, which a GPU records: see `RecordedSteps`.
             kv_block_tokens: of a block of the cache, where sequences take blocks as they grow; 0 gives each a slot of
                 `max_length`.
+            kv_blocks: blocks of a batch; None makes them as they are needed.
 
         Raises:
             ConfigError: steps are to be recorded, and stages hand hidden states to each other in them.
@@ -107,7 +110,10 @@ class RolloutEngine:
                 "(schedule.rollout)"
             )
         self._prefill_chunk, self._recorded = prefill_chunk_tokens, recorded
-        self._block_tokens = kv_block_tokens
+        self._block_tokens, self._pool = kv_block_tokens, None
+        if kv_blocks is not None:
+            self._pool = FixedPool(blocks=kv_blocks, block_tokens=kv_block_tokens, longest=max_length)
+            assert blocks_of(max_length, kv_block_tokens) <= kv_blocks, "the config refuses it"
         last = model_chunks(model)[-1]
         self._model, self._max_slots, self._max_length = last, max_slots, max_length
         self._eos_ids = frozenset(eos_ids)
@@ -142,16 +148,16 @@ class RolloutEngine:
         """
         for request in requests:
             self._check(request)
-        longest = max(len(request.prompt) + request.max_new_tokens for request in requests)
+        longest = max(self.most_tokens(request) for request in requests)
         num_slots = min(self._max_slots, len(requests))
-        return DecodeBatch(self, num_slots=num_slots, max_length=min(longest, self._max_length))
+        return DecodeBatch(self, num_slots=num_slots, max_length=longest)
 
     def _generate(self, waiting: deque[Request]) -> Iterator[Completion]:
         if not waiting:
             return
         batch = self.batch(waiting)
         while waiting or batch.num_live:
-            new = self._admitted(waiting, batch.num_live)
+            new = self._admitted(waiting, batch.most_tokens)
             yield from batch.admit(new) if new else batch.decode()
 
     def _check(self, request: Request) -> None:
@@ -169,14 +175,21 @@ class RolloutEngine:
                 f"got {max(request.prompt)}; does the tokenizer belong to these weights?"
             )
 
-    def _admitted(self, waiting: deque[Request], num_live: int) -> list[Request]:
-        """Take waiting requests into free slots, once a quarter of the slots is free: one prefill for many."""
-        free = self._max_slots - num_live
-        if not waiting or (num_live and free < min(len(waiting), max(1, self._max_slots // 4))):
-            return []
-        new = [waiting.popleft()]
-        num_tokens = len(new[0].prompt)
-        while waiting and len(new) < free and num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS:
+    def most_tokens(self, request: Request) -> int:
+        """That its prompt and response may come to."""
+        return min(len(request.prompt) + request.max_new_tokens, self._max_length)
+
+    def _admitted(self, waiting: deque[Request], live: list[int]) -> list[Request]:
+        """Take waiting requests that have room: as many as one prefill may read.
+
+        Args:
+            live: tokens that each response under way may come to.
+        """
+        first = [self.most_tokens(request) for request in islice(waiting, self._max_slots)]
+        num = num_beginning(live, first, slots=self._max_slots, pool=self._pool)
+        new: list[Request] = []
+        num_tokens = 0
+        while len(new) < num and (not new or num_tokens + len(waiting[0].prompt) <= PREFILL_TOKENS):
             num_tokens += len(waiting[0].prompt)
             new.append(waiting.popleft())
         return new
@@ -209,7 +222,10 @@ class DecodeBatch:
         """No sequence is live."""
         self._engine, self._max_length = engine, max_length
         self._cache = engine._forward.allocate(
-            num_slots=num_slots, max_length=max_length, block_tokens=engine._block_tokens
+            num_slots=num_slots,
+            max_length=max_length,
+            block_tokens=engine._block_tokens,
+            blocks=None if engine._pool is None else engine._pool.blocks,
         )
         self._steps = None
         if engine._recorded:
@@ -222,6 +238,11 @@ class DecodeBatch:
     def num_live(self) -> int:
         """Responses that have begun and not ended."""
         return len(self._live)
+
+    @property
+    def most_tokens(self) -> list[int]:
+        """That each of these may come to."""
+        return [self._engine.most_tokens(sequence.request) for sequence in self._live]
 
     @property
     def cache_bytes(self) -> int:

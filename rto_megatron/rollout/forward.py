@@ -93,8 +93,8 @@ class ForwardPass:
         self._heads_per_group = config.num_attention_heads // config.num_query_groups
         self._head_dim = attention.hidden_size_per_attention_head
 
-    def allocate(self, *, num_slots: int, max_length: int, block_tokens: int = 0) -> KVCache:
-        """A cache that fits this rank's layers and heads."""
+    def allocate(self, *, num_slots: int, max_length: int, block_tokens: int = 0, blocks: int | None = None) -> KVCache:
+        """A cache that fits this rank's layers and heads; see `KVCache` for the blocks."""
         _, first = self._layers[0][0]
         shape = CacheShape(
             num_layers=sum(map(len, self._layers)),
@@ -106,7 +106,7 @@ class ForwardPass:
             device=first.qkv.device,
         )
         angles = self._chunks[0].rotary_pos_emb.get_freqs_non_repeated(max_length).to(shape.device)
-        return KVCache(shape, angles=angles, block_tokens=block_tokens)
+        return KVCache(shape, angles=angles, block_tokens=block_tokens, blocks=blocks)
 
     def run(self, tokens: Tensor, cache: KVCache) -> Tensor | None:
         """Pass the rows that `cache` was told of through this stage's layers, chunk after chunk.

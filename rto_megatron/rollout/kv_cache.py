@@ -18,14 +18,15 @@ class KVCache:
     its rows are; a row is one token of some sequence.
     """
 
-    def __init__(self, shape: CacheShape, *, angles: Tensor, block_tokens: int = 0) -> None:
+    def __init__(self, shape: CacheShape, *, angles: Tensor, block_tokens: int = 0, blocks: int | None = None) -> None:
         """No sequence is held.
 
         Args:
             angles: [max_length or more, head_dim / 2] float32 radians, rotary angle of each position.
             block_tokens: of a block where sequences share a pool; 0 gives each a slot of `max_length`.
+            blocks: of the pool, made now; None makes them as they are needed.
         """
-        self.store: KVStore = Pool(shape, block_tokens) if block_tokens else Slots(shape)
+        self.store: KVStore = Pool(shape, block_tokens, blocks) if block_tokens else Slots(shape)
         angles = angles[: shape.max_length, None, None]
         self._cos = torch.cat((angles.cos(), angles.cos()), -1).to(shape.dtype)
         self._sin = torch.cat((-angles.sin(), angles.sin()), -1).to(shape.dtype)

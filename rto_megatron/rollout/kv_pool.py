@@ -22,12 +22,13 @@ class Pool:
     they lie.
     """
 
-    def __init__(self, shape: CacheShape, block_tokens: int) -> None:
-        """Allocate nothing but block 0."""
+    def __init__(self, shape: CacheShape, block_tokens: int, blocks: int | None = None) -> None:
+        """Allocate `blocks`, or nothing but block 0 where it is None."""
         self._shape, self._device = shape, shape.device
         self.tables = BlockTables(block_tokens)
         self._most = 1 + shape.num_slots * blocks_of(shape.max_length, block_tokens)
-        self._keys, self._values = ([self._zeros(1) for _ in range(shape.num_layers)] for _ in range(2))
+        first = 1 if blocks is None else min(1 + blocks, self._most)
+        self._keys, self._values = ([self._zeros(first) for _ in range(shape.num_layers)] for _ in range(2))
         self._reads_in_place = has_paged_kernel(shape, block_tokens)
         self.next_plan: tuple[Tensor, ...] = ()
         self.generation = 0

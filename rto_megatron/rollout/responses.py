@@ -39,11 +39,12 @@ def make_engine(model: PolicyModel, config: RolloutConfig, *, eos_id: int) -> Ro
     return RolloutEngine(
         model,
         max_slots=config.max_slots,
-        max_length=config.max_prompt_tokens + config.max_new_tokens,
+        max_length=config.longest,
         eos_ids=(eos_id,),
         prefill_chunk_tokens=config.prefill_chunk_tokens,
         recorded=config.cuda_graphs,
         kv_block_tokens=config.kv_block_tokens,
+        kv_blocks=config.kv_blocks,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from rto_megatron.config.parallel import ParallelConfig
 from rto_megatron.config.run import RTORun
 from rto_megatron.errors import ConfigError
+from rto_megatron.rollout.blocks import FixedPool
 from rto_megatron.schedule.placement import RoleMap, colocated, fused, split
 from rto_megatron.schedule.work import Sizes
 
@@ -131,6 +132,8 @@ def sizes_of(config: RTORun, cast: Cast) -> Sizes:
         pack_tokens=plan.pack_tokens,
         pack_steps=plan.pack_steps,
         waiting_packs=plan.waiting_packs,
+        new_tokens=config.rollout.max_new_tokens,
+        pool=FixedPool.of(config.rollout),
     )
 
 

@@ -7,8 +7,10 @@ what is built on it - admission, packs, early minibatches - is a function of len
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
 
+from rto_megatron.rollout.blocks import num_beginning
 from rto_megatron.schedule.work import Sizes
 
 
@@ -109,14 +111,17 @@ class Lane:
         return closed
 
     def _admitted(self) -> tuple[int, ...]:
-        free = self._sizes.slots - len(self._written)
-        if self._written and free < max(1, min(len(self._waiting), max(1, self._sizes.slots // 4))):
-            return ()
+        sizes = self._sizes
+        live, first = (
+            [self._prompts[sample] + sizes.new_tokens for sample in samples]
+            for samples in (self._written, islice(self._waiting, sizes.slots))
+        )
+        num = num_beginning(live, first, slots=sizes.slots, pool=sizes.pool)
         new: list[int] = []
         tokens = 0
-        for sample in self._waiting:
+        for sample in islice(self._waiting, num):
             tokens += self._prompts[sample]
-            if len(new) == free or (new and tokens > self._sizes.prefill_tokens):
+            if new and tokens > sizes.prefill_tokens:
                 break
             new.append(sample)
         return tuple(new)

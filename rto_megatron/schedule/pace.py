@@ -73,7 +73,7 @@ class Pace:
             num_held_out: prompts of an evaluation.
         """
         self._config, self._num_held_out = config, num_held_out
-        self._window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+        self._window = config.rollout.longest
         self._parameters = matmul_parameters(model)
         self._flops = SLOW_FLOPS.get(device, SLOW_FLOPS_OF_GPU)
         self._seen = Seen()
@@ -114,7 +114,7 @@ class Pace:
             return save_seconds(2 * self._parameters)
         if phase in ("generate", "evaluate"):
             samples = samples if phase == "generate" else self._num_held_out
-            passes = math.ceil(samples / (rollout.max_slots or samples)) * rollout.max_new_tokens
+            passes = math.ceil(samples / rollout.surely_together) * rollout.max_new_tokens
             forwards = 1 if phase == "generate" else 1 + FORWARDS["score"]
             return FIRST_SECONDS + self._arithmetic(forwards * samples * self._window, passes)
         forwards = 1 + FORWARDS.get("train" if phase == "update" else phase, 0)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from rto_megatron.rollout.blocks import FixedPool
+
 Kind = Literal["prefill", "decode", "give", "score", "proximal", "advantage", "train", "optimizer", "refit", "boundary"]
 KINDS: tuple[Kind, ...] = tuple(kind for kind in get_args(Kind) if kind != "give")
 """Those that take time and leave a trace row, in the order in which a sample meets them."""
@@ -77,10 +79,14 @@ class Sizes:
     """Decode steps after which a pack closes though it is not full: it waits no longer than this."""
     waiting_packs: int = 64
     """Packs of a lane that may wait for scoring before its decoding has to."""
+    new_tokens: int = 1
+    """Most tokens of a response; asked for with a pool alone."""
+    pool: FixedPool | None = None
+    """Of a lane's keys and values, where its size is fixed."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
+            if field.name != "pool" and getattr(self, field.name) < 1:
                 raise ValueError(f"{field.name} must be 1 or more, got {getattr(self, field.name)}")
         if self.samples % self.minibatch:
             raise ValueError(f"minibatch must divide the {self.samples} samples of a step, got {self.minibatch}")

@@ -116,7 +116,7 @@ def dpo_accuracy(
 def _pairs_of(config: RTORun, tokenizer: Tokenizer) -> list[PreferenceRow]:
     """Held-out rows that are pairs and fit into the window; rows that are only prompts are passed over."""
     assert config.data.eval is not None
-    window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    window = config.rollout.longest
     try:
         pairs, _ = read_preferences(
             config.data.eval, tokenizer, max_length=window, too_long="drop", refuse=lambda _: None

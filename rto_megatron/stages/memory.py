@@ -252,6 +252,6 @@ def report_of(
             plan = plan if role in plans else replace(plan, optimizer=None)
             role = role.replace(" ", "_")
             held.append(Held(role=role, model=model, trainable=trainable, plan=plan, parallel=parallel, mesh=where))
-    window = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    window = config.rollout.longest
     host = judges.host if judges is not None else None
     return MemoryReport(held, config.compute, host, micro_tokens=config.compute.cut.most_tokens(window))

@@ -192,7 +192,7 @@ def check_length(max_length: int, architecture: ModelConfig) -> None:
 
 def check_window(rollout: RolloutConfig, architecture: ModelConfig, name: str) -> None:
     """Raise ConfigError if a prompt and its response may be longer than a role can see."""
-    window = rollout.max_prompt_tokens + rollout.max_new_tokens
+    window = rollout.longest
     if window > architecture.max_length:
         raise ConfigError(
             f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + rollout.max_new_tokens "

@@ -54,6 +54,7 @@ WAYS = {
     "blocks, all at once": (18, 1, {"kv_block_tokens": 4}),
     "blocks": (5, -1, {"kv_block_tokens": 4}),
     "blocks, prompts by seven tokens": (5, -1, {"kv_block_tokens": 3, "prefill_chunk_tokens": 7}),
+    "few blocks": (18, 1, {"kv_block_tokens": 4, "kv_blocks": 26}),
     "blocks, recorded steps": (13, 1, {"kv_block_tokens": 4, "recorded": True}),
 }
 """(slots, order of the requests, options of the engine)"""
@@ -112,6 +113,40 @@ def assert_same_bits(done):
     for way, other in SAME_BITS.items():
         if way in done:
             assert done[way] == done[other]
+
+
+def count_blocks():
+    """Most blocks that were taken at a time, and most responses under way, where 26 blocks are all there is."""
+    model, _ = make_model()
+    engine = RolloutEngine(model, max_slots=18, max_length=64, eos_ids=EOS, kv_block_tokens=4, kv_blocks=26)
+    taken, live, batches = [], [], []
+    make = engine.batch
+
+    def watched(requests):
+        batch = make(requests)
+        batches.append(batch)
+        retire = batch._retire
+
+        def counted():
+            taken.append(batch._cache.store.tables.num_taken)
+            live.append(batch.num_live)
+            return retire()
+
+        batch._retire = counted
+        return batch
+
+    engine.batch = watched
+    num = len(list(engine.generate(list(mixed_requests()))))
+    (batch,) = batches
+    tables, size = batch._cache.store.tables, batch._cache.store._keys[0].shape[0]
+    return num, max(taken), max(live), tables.num_taken, tables.num_blocks, size
+
+
+def test_a_pool_that_is_too_small_for_all_lets_them_begin_as_it_has_room_and_never_grows():
+    num, most_taken, most_live, left, num_blocks, size = run_ranks(count_blocks, 1)[0]
+    assert num == 18 and left == 0
+    assert most_taken < num_blocks <= size == 1 + 26
+    assert 1 < most_live < 18
 
 
 def test_blocks_change_no_bit_of_a_response(one_process):

@@ -1,5 +1,6 @@
 """A lane, worked by hand: its clock counts passes, and packs close by tokens and by the clock."""
 
+from rto_megatron.rollout.blocks import FixedPool
 from rto_megatron.schedule.lane import Lane, Pass
 from rto_megatron.schedule.work import Sizes
 
@@ -33,6 +34,19 @@ def test_new_prompts_come_in_once_a_quarter_of_the_slots_is_free():
     _, passes, _ = write([2, 2, 9, 9, 9, 9, 9, 9, 9, 9, 9], slots=8, slice_steps=1)
     assert passes[0].samples == tuple(range(8))
     assert passes[2] == Pass("prefill", (8, 9), 1)  # two slots of eight
+
+
+def test_a_pool_of_fixed_size_lets_fewer_in_than_there_are_slots():
+    # 2 tokens of prompt and 6 of response at most are 2 blocks each: two of them together
+    pool = FixedPool(blocks=5, block_tokens=4, longest=8)
+    more = {"slots": 4, "slice_steps": 2, "new_tokens": 6, "pool": pool}
+    lane, passes, _ = write([6, 2, 4], prompts=[2, 2, 2], **more)
+    assert [now.samples for now in passes if now.kind == "prefill"] == [(0, 1), (2,)]
+    # a prefill and two steps end sample 1; sample 2 begins beside sample 0, which has 3 tokens
+    assert passes[:4] == [
+        Pass("prefill", (0, 1), 1), Pass("decode", (0, 1), 2), Pass("prefill", (2,), 1), Pass("decode", (0, 2), 2)
+    ]  # fmt: skip
+    assert sorted(sample for _, sample in lane.ended) == [0, 1, 2]
 
 
 def test_a_prefill_holds_so_many_prompt_tokens_but_always_one_prompt():

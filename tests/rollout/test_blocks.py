@@ -79,9 +79,7 @@ def test_a_pool_that_cannot_hold_one_sequence_is_refused_with_the_size_that_can(
     message = r"rollout\.kv_blocks must hold .* 50 tokens or 4 blocks of 16, got 3; raise it, or null"
     with pytest.raises(ValueError, match=message):
         config(kv_block_tokens=16, kv_blocks=3)
-    with pytest.raises(
-        ValueError, match=r"kv_blocks needs rollout\.kv_block_tokens of 1 or more, got 9 blocks"
-    ):
+    with pytest.raises(ValueError, match=r"kv_blocks needs rollout\.kv_block_tokens of 1 or more, got 9 blocks"):
         config(kv_blocks=9)
     with pytest.raises(ValueError, match=r"rollout\.kv_block_tokens must be 0 or more, got -1"):
         config(kv_block_tokens=-1)

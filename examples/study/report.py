@@ -11,7 +11,7 @@ import numpy as np
 from examples.study.figures import Line, draw
 from examples.study.records import NUMBERS, write_all
 from examples.study.run import Study
-from examples.study.statistics import Band, band, band_of, first_reach
+from examples.study.statistics import ENOUGH_SEEDS, Band, band, band_of, first_reach
 
 BASELINE = "ppo"
 CONTRASTS = (
@@ -177,15 +177,20 @@ def page(results: dict) -> str:
             f"| {entry['title']} | {line['gold']} | {lead} | {line['win_rate'].mean:.2f} | {line['kl'].mean:.1f} "
             f"| {line['score'].mean:.2f} | {samples} |"
         )
-    lines += ["", "`?`: the band includes 0, so that many seeds do not tell the two apart.", ""]
-    if any(not entry["tried"] for entry in methods.values()):
+    lines += [
+        "",
+        f"`?`: so many seeds do not tell the two apart: the band includes 0, or they are fewer than {ENOUGH_SEEDS}.",
+        "",
+    ]
+    if any(not entry["chosen"] for entry in methods.values()):
         lines += ["Settings in brackets were not chosen by the grid: they were run after the others had been seen.", ""]
     lines += [_verdict(results), ""]
     lines += ["![Gold against samples](gold-samples.svg)", "", "![Gold against KL](gold-kl.svg)", ""]
     lines += ["## What makes the difference", "", *_differences(results), ""]
     lines += ["## What the methods were given", "", *_inputs(start), ""]
     lines += ["## Reward hacking", "", *_hacking(results), ""]
-    lines += ["## Grid", "", *_grid(results)]
+    tried = any(entry["tried"] for entry in methods.values())
+    lines += ["## Grid", "", *_grid(results)] if tried else ["## Settings", "", *_settings(results)]
     return "\n".join(lines) + "\n"
 
 
@@ -195,7 +200,7 @@ def _verdict(results: dict) -> str:
         return ""
     lead = Band(**summary["rto"]["lead"])
     total = results["methods"]["rto"]["steps"][-1] * results["samples_per_step"]
-    above = "is above" if lead.low > 0 else "is below" if lead.high < 0 else "cannot be told from"
+    above = "cannot be told from" if not lead.excludes_zero else "is above" if lead.low > 0 else "is below"
     text = f"At equal samples RTO {above} PPO by gold: lead {lead}."
     for level, title in (("end", "PPO's final gold"), ("best", "the highest gold that PPO has on the way")):
         reached = summary["rto"][f"samples_to_baseline_{level}"]
@@ -249,7 +254,11 @@ def _hacking(results: dict) -> list[str]:
     for name, line in results["summary"].items():
         if "late_gold" in line:
             gold, optimised, score = (Band(**line[f"late_{number}"]) for number in ("gold", "return", "score"))
-            hacked = "proxy up, gold down" if gold.high < 0 and max(score.low, optimised.low) > 0 else ""
+            hacked = (
+                "proxy up, gold down"
+                if gold.excludes_zero and gold.high < 0 and max(score.low, optimised.low) > 0
+                else ""
+            )
             seeds = f"{len(line['collapsed'])} of {len(results['seeds'])}"
             lines.append(
                 f"| {results['methods'][name]['title']} | {gold} | {optimised} | {score} | {seeds} | {hacked} |"
@@ -270,6 +279,14 @@ def _grid(results: dict) -> list[str]:
             mean = sum(tried["gold"]) / len(tried["gold"])
             each = ", ".join(f"{gold:.2f}" for gold in tried["gold"])
             lines.append(f"| {entry['title']} | {mark}{words}{mark} | {mean:.2f} | {each} |")
+    return lines
+
+
+def _settings(results: dict) -> list[str]:
+    lines = ["One each, named beforehand; no grid was tried.", "", "| method | setting |", "|---|---|"]
+    for entry in results["methods"].values():
+        words = " ".join(word.removeprefix("--") for word in entry["chosen"])
+        lines.append(f"| {entry['title']} | {words} |")
     return lines
 
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 RESAMPLES = 10_000
+ENOUGH_SEEDS = 6
+"""With fewer, differences of one sign throughout are not rarer than 1 in 20 where there is none (2 / 2^seeds)."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +18,15 @@ class Band:
     mean: float
     low: float
     high: float
+    seeds: int = 0
 
     def __str__(self) -> str:
         return f"{self.mean:.2f} ({self.low:.2f} to {self.high:.2f})"
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the band lies on one side of 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the band lies on one side of 0, and there are seeds enough for that to mean something."""
+        return self.seeds >= ENOUGH_SEEDS and (self.low > 0 or self.high < 0)
 
 
 def resamples(num_seeds: int) -> np.ndarray:
@@ -35,7 +38,8 @@ def band(values: Sequence[float]) -> Band:
     """Of the mean of one number a seed."""
     x = np.asarray(values, dtype=float)
     means = x[resamples(len(x))].mean(1)
-    return Band(float(x.mean()), *map(float, np.quantile(means, (0.025, 0.975))))
+    low, high = map(float, np.quantile(means, (0.025, 0.975)))
+    return Band(float(x.mean()), low, high, len(x))
 
 
 def band_of(statistic: Callable[[np.ndarray], float | None], num_seeds: int) -> Band | None:
@@ -46,7 +50,7 @@ def band_of(statistic: Callable[[np.ndarray], float | None], num_seeds: int) -> 
     value = statistic(np.arange(num_seeds))
     found = [statistic(seeds) for seeds in resamples(num_seeds)[:2000]]
     low, high = np.quantile([np.inf if x is None else x for x in found], (0.025, 0.975), method="nearest")
-    return None if value is None else Band(float(value), float(low), float(high))
+    return None if value is None else Band(float(value), float(low), float(high), num_seeds)
 
 
 def first_reach(samples: Sequence[float], curve: Sequence[float], level: float) -> float | None:

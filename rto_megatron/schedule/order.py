@@ -43,9 +43,6 @@ class Inbox:
         return ready
 
     def _follows(self, letter: Letter) -> bool:
-        others = all(
-            have >= need
-            for who, (have, need) in enumerate(zip(self._read, letter.read, strict=True))
-            if who != letter.sender
-        )
-        return others and self._read[letter.sender] == letter.read[letter.sender]
+        """Whether it is the next of its sender, and what that one had read of others has been read here."""
+        is_next = self._read[letter.sender] == letter.read[letter.sender]
+        return is_next and all(have >= need for have, need in zip(self._read, letter.read, strict=True))

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -77,11 +77,18 @@ class Run:
     case: Case
     ran: list[tuple[Row, Item]]
 
+    @cached_property
+    def by_kind(self) -> dict[str, list[tuple[Row, Item]]]:
+        found: dict[str, list[tuple[Row, Item]]] = {}
+        for row, item in self.ran:
+            found.setdefault(item.kind, []).append((row, item))
+        return found
+
     def of(self, kind: str, **wanted: object) -> list[tuple[Row, Item]]:
         return [
             (row, item)
-            for row, item in self.ran
-            if item.kind == kind and all(getattr(item, name) == value for name, value in wanted.items())
+            for row, item in self.by_kind.get(kind, ())
+            if all(getattr(item, name) == value for name, value in wanted.items())
         ]
 
     def ends(self) -> dict[tuple[int, int], float]:

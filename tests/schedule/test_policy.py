@@ -1,7 +1,7 @@
 """The schedule of a run: what must hold for any map, sizes, lengths and durations."""
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
 
@@ -110,15 +110,18 @@ def test_responses_and_values_come_from_version_i_minus_k_and_no_other(case, tim
     """Counted from what each group trained and was given, not from what the items say."""
     done, place = run(case, timing=timing), case.placement
     snapshots = place.snapshots(moves=place.moves(staleness=case.staleness, early=case.early))
+    ends = defaultdict(list)
+    for row, item in done.of("optimizer") + done.of("refit"):
+        ends[item.kind, row.group, item.role].append(row.end)
 
     def trained_before(group, role, at):
         """Optimizer steps of the role that this group had taken, in whole steps; None within one."""
         each = case.epochs * case.sizes.minibatches
-        taken = sum(row.end <= at for row, _ in done.of("optimizer", role=role) if row.group == group)
+        taken = sum(end <= at for end in ends["optimizer", group, role])
         return taken // each if taken % each == 0 else None
 
     def given_before(group, role, at):
-        return sum(row.end <= at for row, _ in done.of("refit", role=role) if row.group == group)
+        return sum(end <= at for end in ends["refit", group, role])
 
     for row, item in done.ran:
         wanted = max(0, item.step - case.staleness)

@@ -1,7 +1,8 @@
 """Health alarms: numbers of a step against limits, and what it means when one is broken.
 
 Every alarm is a function of the step's metrics (names as in docs/metrics.md) and the config: None where it cannot
-tell, an empty text where all is well, else what was found, what it means and what to do.
+tell, an empty text where all is well, else what was found, what it means and what to do. Most hold one metric against
+one limit.
 """
 
 import math
@@ -15,6 +16,24 @@ Judge = Callable[[Numbers, RTORun], str | None]
 
 FIRST_ENTROPY = "first_entropy"
 """Among the numbers: the entropy of the run's first step, which is no metric of its own."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """An alarm that rings where a metric is beyond its limit."""
+
+    metric: str
+    field: str
+    """Of `AlarmsConfig`: `max_...` is the largest number that is well, `min_...` the least."""
+    found: str
+    """What to say, with places for `value` and `limit`."""
+
+    def __call__(self, numbers: Numbers, config: RTORun) -> str | None:
+        value, limit = _known(numbers, self.metric), getattr(config.alarms, self.field)
+        if value is None or limit is None:
+            return None
+        is_broken = value > limit if self.field.startswith("max_") else value < limit
+        return self.found.format(value=value, limit=limit) if is_broken else ""
 
 
 def term_share(numbers: Numbers, config: RTORun) -> str | None:
@@ -31,42 +50,6 @@ def term_share(numbers: Numbers, config: RTORun) -> str | None:
         f"the {name} term is {share:.2%} of the return (at least {limit:.2%}), so the run learns as if it were not "
         f"there; raise rto.{name}_coef{' or rto.dpo_clip' if name == 'dpo' else ''}, or lower what drowns it"
     )
-
-
-def kl_share(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether the penalty outweighs what the policy is to learn."""
-    return _above(
-        numbers, "reward/kl_share", config.alarms.max_kl_share,
-        "the KL term is {value:.1%} of the return (at most {limit:.1%}): the policy is paid for staying as it is, or "
-        "has run far away from the reference; lower rto.kl_coef, or the learning rate if kl/sequence grows",
-    )  # fmt: skip
-
-
-def dpo_clip(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether the clip leaves more than the sign of the DPO reward."""
-    return _above(
-        numbers, "reward/dpo_clip_frac", config.alarms.max_dpo_clip_frac,
-        "rto.dpo_clip cuts the DPO reward of {value:.1%} of the tokens (at most {limit:.1%}), of which no more than "
-        "the sign is left; raise rto.dpo_clip, or lower rto.dpo_coef",
-    )  # fmt: skip
-
-
-def score_clip(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether scores are still told apart."""
-    return _above(
-        numbers, "reward/score_clip_frac", config.alarms.max_score_clip_frac,
-        "rto.score_clip cuts the score of {value:.1%} of the responses (at most {limit:.1%}), which then differ in "
-        "nothing; the reward model is off its scale: look at responses, raise rto.score_clip, or train it on them",
-    )  # fmt: skip
-
-
-def ppo_clip(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether updates are too large for their own samples."""
-    return _above(
-        numbers, "ppo/clip_frac", config.alarms.max_ppo_clip_frac,
-        "ppo.clip decides on {value:.1%} of the tokens (at most {limit:.1%}): an update moves the policy further than "
-        "its samples can tell; lower optimizer.lr or ppo.num_epochs, or raise samples_per_optimizer_step",
-    )  # fmt: skip
 
 
 def sign_balance(numbers: Numbers, config: RTORun) -> str | None:
@@ -99,15 +82,6 @@ def length_correlation(numbers: Numbers, config: RTORun) -> str | None:
     )
 
 
-def repetition(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether responses go in circles."""
-    return _above(
-        numbers, "health/repetition", config.alarms.max_repetition,
-        "{value:.1%} of a response's trigrams repeat earlier ones (at most {limit:.1%}): the policy goes in circles, "
-        "and something rewards it; read responses (report credit), raise rto.kl_coef, lower optimizer.lr",
-    )  # fmt: skip
-
-
 def entropy(numbers: Numbers, config: RTORun) -> str | None:
     """Whether the policy still has a choice."""
     now, first, least = (
@@ -126,53 +100,67 @@ def entropy(numbers: Numbers, config: RTORun) -> str | None:
     )
 
 
-def dpo_accuracy(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether the DPO reward knows what people prefer."""
-    return _below(
-        numbers, "health/dpo_accuracy", config.alarms.min_dpo_accuracy,
-        "the DPO reward prefers the chosen side of {value:.1%} of the held-out pairs (at least {limit:.1%}), no better "
-        "than a coin: token rewards from it are noise; train DPO for longer or on cleaner pairs (dpo/eval_accuracy of "
-        "its run), or set rto.dpo_coef to 0",
-    )  # fmt: skip
-
-
 def explained_variance(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether the critic is of use."""
-    if config.advantage.estimator != "gae":
-        return None
-    return _below(
-        numbers, "critic/explained_variance", config.alarms.min_explained_variance,
+    """Whether the critic is of use, if there is one."""
+    limit = Limit(
+        "critic/explained_variance",
+        "min_explained_variance",
         "the critic explains {value:.2f} of the returns' variance (at least {limit:.2f}), less than a constant would, "
         "so it adds noise to the advantages; raise critic_optimizer.lr or let ppo.value_clip be null if it lags, lower "
         "the rate if critic/loss grows; or take advantage.estimator reinforce_pp",
-    )  # fmt: skip
-
-
-def decode_mismatch(numbers: Numbers, config: RTORun) -> str | None:
-    """Whether what writes is what is trained."""
-    return _above(
-        numbers, "decode/log_prob_diff_mean", config.alarms.max_decode_difference,
-        "log-probs in decoding and in training differ by {value:.3g} nats a token (at most {limit:.3g}): responses "
-        "come from another policy than the one that is updated; compare layouts with `parity`, or try float32",
-    )  # fmt: skip
+    )
+    return limit(numbers, config) if config.advantage.estimator == "gae" else None
 
 
 ALARMS: dict[str, Judge] = {
-    judge.__name__: judge
-    for judge in (
-        term_share,
-        kl_share,
-        dpo_clip,
-        score_clip,
-        ppo_clip,
-        sign_balance,
-        length_correlation,
-        repetition,
-        entropy,
-        dpo_accuracy,
-        explained_variance,
-        decode_mismatch,
-    )
+    "term_share": term_share,
+    "kl_share": Limit(
+        "reward/kl_share",
+        "max_kl_share",
+        "the KL term is {value:.1%} of the return (at most {limit:.1%}): the policy is paid for staying as it is, or "
+        "has run far away from the reference; lower rto.kl_coef, or the learning rate if kl/sequence grows",
+    ),
+    "dpo_clip": Limit(
+        "reward/dpo_clip_frac",
+        "max_dpo_clip_frac",
+        "rto.dpo_clip cuts the DPO reward of {value:.1%} of the tokens (at most {limit:.1%}), of which no more than "
+        "the sign is left; raise rto.dpo_clip, or lower rto.dpo_coef",
+    ),
+    "score_clip": Limit(
+        "reward/score_clip_frac",
+        "max_score_clip_frac",
+        "rto.score_clip cuts the score of {value:.1%} of the responses (at most {limit:.1%}), which then differ in "
+        "nothing; the reward model is off its scale: look at responses, raise rto.score_clip, or train it on them",
+    ),
+    "ppo_clip": Limit(
+        "ppo/clip_frac",
+        "max_ppo_clip_frac",
+        "ppo.clip decides on {value:.1%} of the tokens (at most {limit:.1%}): an update moves the policy further than "
+        "its samples can tell; lower optimizer.lr or ppo.num_epochs, or raise samples_per_optimizer_step",
+    ),
+    "sign_balance": sign_balance,
+    "length_correlation": length_correlation,
+    "repetition": Limit(
+        "health/repetition",
+        "max_repetition",
+        "{value:.1%} of a response's trigrams repeat earlier ones (at most {limit:.1%}): the policy goes in circles, "
+        "and something rewards it; read responses (report credit), raise rto.kl_coef, lower optimizer.lr",
+    ),
+    "entropy": entropy,
+    "dpo_accuracy": Limit(
+        "health/dpo_accuracy",
+        "min_dpo_accuracy",
+        "the DPO reward prefers the chosen side of {value:.1%} of the held-out pairs (at least {limit:.1%}), no better "
+        "than a coin: token rewards from it are noise; train DPO for longer or on cleaner pairs (dpo/eval_accuracy of "
+        "its run), or set rto.dpo_coef to 0",
+    ),
+    "explained_variance": explained_variance,
+    "decode_mismatch": Limit(
+        "decode/log_prob_diff_mean",
+        "max_decode_difference",
+        "log-probs in decoding and in training differ by {value:.3g} nats a token (at most {limit:.3g}): responses "
+        "come from another policy than the one that is updated; compare layouts with `parity`, or try float32",
+    ),
 }
 """Name -> alarm; `alarm/NAME` is the metric that is 1 while it rings."""
 
@@ -233,17 +221,3 @@ def next_state(state: float, *, is_broken: bool, patience: int) -> float:
 def _known(numbers: Numbers, name: str) -> float | None:
     value = numbers.get(name)
     return None if value is None or math.isnan(value) else value
-
-
-def _above(numbers: Numbers, name: str, limit: float | None, message: str) -> str | None:
-    value = _known(numbers, name)
-    if value is None or limit is None:
-        return None
-    return message.format(value=value, limit=limit) if value > limit else ""
-
-
-def _below(numbers: Numbers, name: str, limit: float | None, message: str) -> str | None:
-    value = _known(numbers, name)
-    if value is None or limit is None:
-        return None
-    return message.format(value=value, limit=limit) if value < limit else ""

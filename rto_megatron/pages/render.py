@@ -6,7 +6,7 @@ from typing import Any
 import jinja2
 
 HOUSE = Path(__file__).parent
-"""Where templates find what they include: `house.html`, the style of all pages."""
+"""Where templates find what they include: `house.html`, with which all pages begin; each says its `kind`."""
 
 
 def render(template: Path, **values: Any) -> str:

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from rto_megatron.pages.render import render, visible
 from rto_megatron.schedule.trace import LETTERS, Row, Summary, summarise
 from rto_megatron.schedule.work import KINDS, Kind
 from rto_megatron.schedule.workload import seconds_per_step
@@ -102,23 +101,21 @@ def headline(panel: Panel) -> str:
 
 def page(name: str, panels: Sequence[Panel], notes: Iterable[str] = ()) -> str:
     """The whole HTML page; all text of the run is escaped by the template."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    template = environment.from_string(Path(__file__).with_name("timeline.html").read_text(encoding="utf-8"))
     styles = styles_of(panels)
     data = {
         "styles": [shown(style) for style in styles],
         "panels": [columns(panel, styles) for panel in panels],
     }
-    return template.render(
-        name=name,
+    return render(
+        Path(__file__).with_name("timeline.html"),
+        name=visible(name),
         panels=panels,
         tiles=tiles(panels),
         legend=[(shown(style), [(panel, panel.seconds(style)) for panel in panels]) for style in styles],
         kinds=[kind for kind in KINDS if any(panel.summary.busy[kind] for panel in panels)],
         busy=busy,
         seconds=seconds,
-        notes=list(notes),
+        notes=list(map(visible, notes)),
         data=data,
     )
 

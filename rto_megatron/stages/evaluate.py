@@ -15,7 +15,7 @@ from rto_megatron.metrics import Console, format_number
 from rto_megatron.stages.actors import load_judges
 from rto_megatron.stages.answer_files import alpaca_eval, arena_hard, labels_of
 from rto_megatron.stages.generate import check_writable, json_lines, write_text
-from rto_megatron.stages.grader import grade, load_grader, win_rate
+from rto_megatron.stages.grader import load_grader, win_rate
 from rto_megatron.stages.held_out import Answers, answer
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
@@ -80,8 +80,8 @@ def run(config: EvaluateRun, runtime: Runtime) -> None:
         name = path.name if len({p.name for p in config.checkpoints}) == len(config.checkpoints) else str(path)
         answers = answer(policy, prompts, config, judges, tokenizer, mesh)
         texts, grades = answers.texts(tokenizer), []
-        if grader and config.grader and is_main():
-            grades = grade(grader, config.grader, [prompt.text for prompt in prompts], texts)
+        if grader and is_main():
+            grades = grader([prompt.text for prompt in prompts], texts)
         rows.append(Row(name, answers, texts, grades))
     table = [summarise(row, rows[0], config) for row in rows]
     if is_main():

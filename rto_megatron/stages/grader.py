@@ -3,16 +3,19 @@
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 from rto_megatron.errors import ConfigError
 
-Grader = Callable[[list[str], list[str]], Sequence[float]]
-"""Prompts and the responses to them -> a number for each, the higher the better; any device, any speed."""
+Grader = Callable[[list[str], list[str]], list[float]]
+"""Prompts and the responses to them -> a finite number for each, the higher the better; any device, any speed."""
 
 
 def load_grader(name: str | None) -> Grader | None:
     """The function `package.module:function`, looked for where Python imports from, the working directory too.
+
+    What it gives is checked: ConfigError if it fails, or gives anything but a finite number a response.
 
     Raises:
         ConfigError: there is no such function.
@@ -25,16 +28,11 @@ def load_grader(name: str | None) -> Grader | None:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"grader {name}: cannot be imported: {error}; give module:function, from {_here()}") from None
     if callable(found):
-        return cast(Grader, found)
+        return partial(_grade, found, name)
     raise ConfigError(f"grader {name}: must name a function as module:function")
 
 
-def grade(grader: Grader, name: str, prompts: list[str], responses: list[str]) -> list[float]:
-    """Its finite grades, one a response.
-
-    Raises:
-        ConfigError: it fails, or gives something else.
-    """
+def _grade(grader: Callable[..., Any], name: str, prompts: list[str], responses: list[str]) -> list[float]:
     try:
         grades = [float(grade) for grade in grader(prompts, responses)]
     except Exception as error:  # whatever the user's code raises

@@ -24,7 +24,7 @@ from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Judges, score_rollout
-from rto_megatron.stages.grader import Grader, grade, load_grader, win_rate
+from rto_megatron.stages.grader import Grader, load_grader, win_rate
 from rto_megatron.stages.resume import Progress
 from rto_megatron.stages.run import writing
 
@@ -195,9 +195,8 @@ class HeldOut:
 
     def _graded(self, answers: Answers, tokenizer: Tokenizer, *, writes: bool) -> Graded:
         grades = []
-        if self.grader and self.config.grader and writes:
-            prompts = [prompt.text for prompt in self.prompts]
-            grades = grade(self.grader, self.config.grader, prompts, answers.texts(tokenizer))
+        if self.grader and writes:
+            grades = self.grader([prompt.text for prompt in self.prompts], answers.texts(tokenizer))
         return Graded(scores=answers.signals.scores.tolist(), grades=grades)
 
     def _compare(self, ours: Graded, *, has_scores: bool) -> dict[str, float]:

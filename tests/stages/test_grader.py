@@ -6,7 +6,7 @@ import pytest
 
 from rto_megatron.errors import ConfigError
 from rto_megatron.stages.answer_files import alpaca_eval, arena_hard, labels_of
-from rto_megatron.stages.grader import grade, load_grader, win_rate
+from rto_megatron.stages.grader import load_grader, win_rate
 from tests.ranks import run_ranks
 from tests.stages.chain import run_stage
 
@@ -38,7 +38,7 @@ def test_a_grader_that_there_is_not_is_refused(name, message):
 def test_grades_that_are_none_are_refused(name, message):
     name = f"tests.stages.graders:{name}"
     with pytest.raises(ConfigError, match=f"grader {name}: {message}"):
-        grade(load_grader(name), name, ["a", "b"], ["c", "d"])
+        load_grader(name)(["a", "b"], ["c", "d"])
 
 
 def test_a_tie_counts_half():

@@ -21,7 +21,7 @@ from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import start_runtime, stop_runtime
 from rto_megatron.errors import ConfigError, DataError
 from rto_megatron.report.credit_options import Options
-from rto_megatron.rollout.experience import sentence_end_ids
+from rto_megatron.rollout.experience import sentence_ends_of
 from rto_megatron.stages.actors import load_judges, score_rollout
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
@@ -50,9 +50,6 @@ def evaluate_text(options: Options) -> Evaluation:
     rollout = as_rollout(rows, tokenizer.pad_id).to(mesh.device)
     judges = load_judges(config, mesh)
     signals = score_rollout(rollout, policy=policy, critic=values, judges=judges, config=config, mesh=mesh)
-    ends = None
-    if config.rto.shaping == "sentence":
-        ends = sentence_end_ids([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]).to(mesh.device)
     kl_coef = checkpoint.manifest.progress.get("kl_coef", config.rto.kl_coef)
     responses = describe(
         rollout,
@@ -63,7 +60,7 @@ def evaluate_text(options: Options) -> Evaluation:
         config.advantage,
         kl_coef=kl_coef,
         has_critic=values is not None,
-        sentence_ends=ends,
+        sentence_ends=sentence_ends_of(config.rto, tokenizer),
     )
     stop_runtime()
     return Evaluation(

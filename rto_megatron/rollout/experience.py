@@ -11,6 +11,7 @@ from rto_megatron.algorithms.rewards import TokenRewards, shape_token_rewards
 from rto_megatron.algorithms.whitening import masked_moments, whiten
 from rto_megatron.batch import Experience, Rollout, Signals
 from rto_megatron.config.algorithm import AdvantageConfig, RTOConfig
+from rto_megatron.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ def make_experience(
         score_coef=rto.score_coef,
         dpo_clip=rto.dpo_clip,
         shaping=rto.shaping,
-        segment_end=None if sentence_ends is None else sentence_ends[rollout.tokens] & mask,
+        segment_end=None if sentence_ends is None else sentence_ends.to(mask.device)[rollout.tokens] & mask,
     )
     if advantage.estimator == "gae":
         raw, returns = gae(
@@ -93,6 +94,9 @@ def for_newer_policy(experience: Experience, proximal_log_probs: Tensor, *, cap:
     return replace(experience, old_log_probs=proximal_log_probs, advantages=experience.advantages * weights)
 
 
-def sentence_end_ids(pieces: list[str]) -> Tensor:
-    """[V] bool: True for ids whose text closes a sentence; `pieces[i]` is the text of id i."""
+def sentence_ends_of(rto: RTOConfig, tokenizer: Tokenizer) -> Tensor | None:
+    """[V] bool: True for ids whose text closes a sentence; None where `rto.shaping` does not ask for them."""
+    if rto.shaping != "sentence":
+        return None
+    pieces = (tokenizer.decode([i]) for i in range(tokenizer.vocab_size))
     return torch.tensor([piece.rstrip(" ").endswith((".", "!", "?", "\n")) for piece in pieces])

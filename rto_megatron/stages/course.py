@@ -18,7 +18,7 @@ from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.runtime import world_size
 from rto_megatron.errors import DataError
 from rto_megatron.metrics import Steps
-from rto_megatron.rollout.experience import sentence_end_ids
+from rto_megatron.rollout.experience import sentence_ends_of
 from rto_megatron.schedule.cast import cast_of
 from rto_megatron.stages.memory import MemoryReport
 from rto_megatron.stages.resume import Checkpoints, Progress, check_unchanged
@@ -163,10 +163,7 @@ def prompts_of(config: RTORun, tokenizer: Tokenizer) -> tuple[list[PromptRow], D
         config.data.train, tokenizer, max_prompt_tokens=limit, too_long=config.data.too_long
     )
     check_enough(prompts, config)
-    ends = None
-    if config.rto.shaping == "sentence":
-        ends = sentence_end_ids([tokenizer.decode([i]) for i in range(tokenizer.vocab_size)])
-    return prompts, dropped, ends
+    return prompts, dropped, sentence_ends_of(config.rto, tokenizer)
 
 
 def manifest_of(config: RTORun, parents: Mapping[str, Checkpoint], data: dict[str, str]) -> Manifest:

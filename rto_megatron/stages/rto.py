@@ -119,7 +119,6 @@ def prepare(config: RTORun, runtime: Runtime) -> tuple[Setup, Dropped]:
     actors = load_actors(config, mesh)
     prompts, dropped, ends = prompts_of(config, actors.tokenizer)
     sizes = sizes_of(config, cast_of(config, world_size()))
-    ends = None if ends is None else ends.to(mesh.device)
     return Setup(mesh=mesh, actors=actors, prompts=prompts, sizes=sizes, sentence_ends=ends), dropped
 
 

@@ -18,6 +18,7 @@ from rto_megatron.data.tokenizer_files import eos_ids, write_tokenizer_files
 from rto_megatron.distributed.collectives import bring_to_main, gather_objects
 from rto_megatron.distributed.runtime import is_main, rank
 from rto_megatron.distributed.shards import Shard, shards
+from rto_megatron.errors import CheckpointError
 from rto_megatron.models.hf_config import Scoring, config_to_hf
 from rto_megatron.models.hf_tables import SCORE_BIAS, TABLES
 from rto_megatron.models.hf_weights import raise_together
@@ -54,18 +55,18 @@ def save_hf(
     config_to_hf(config, **told)  # refuses a model of no family before anything is written
     shapes = {name: shape for name, shape in hf_shapes(model, config).items() if name != SCORE_BIAS}
     files = SafetensorsFiles(folder, shapes, dtype, part_bytes=part_bytes)
-    problem = _attempt(lambda: folder.mkdir(parents=True)) if is_main() else None
+    problem = attempt(lambda: folder.mkdir(parents=True))
     for name, tensor in hf_tensors(model, config):  # to its end in any case: the other ranks are sending
         problem = problem or _not_finite(name, tensor)
         if name == SCORE_BIAS and scoring is not None:
             scoring = replace(scoring, bias=tensor.item(), pad_id=tokenizer.pad_id)
         elif problem is None:
-            problem = _attempt(partial(files.write, name, tensor))
+            problem = attempt(partial(files.write, name, tensor))
         del tensor  # before the next one comes
     if is_main():
         described = config_to_hf(config, **told, scoring=scoring)
-        problem = problem or _attempt(files.close)
-        problem = problem or _attempt(lambda: _write_beside(folder, described, tokenizer, is_value=scoring is not None))
+        problem = problem or attempt(files.close)
+        problem = problem or attempt(lambda: _write_beside(folder, described, tokenizer, is_value=scoring is not None))
     if problem is not None:
         files.abandon()
         shutil.rmtree(folder, ignore_errors=True)
@@ -144,10 +145,13 @@ def _not_finite(name: str, tensor: Tensor) -> str | None:
     return f"{name} holds NaN or infinity: the run diverged; convert an earlier checkpoint of it"
 
 
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Why a write failed, or None."""
+def attempt(action: Callable[[], object]) -> str | None:
+    """Why the main rank cannot; None where it can, and on the other ranks, which do not try."""
     try:
-        action()
+        if is_main():
+            action()
+    except CheckpointError as error:
+        return str(error)
     except OSError as error:
         return f"the Hugging Face folder could not be written: {error}"
     return None

@@ -1,7 +1,6 @@
 """Hugging Face folder -> run folder, and back."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import Kind, build_model
 from rto_megatron.models.hf_check import TEXTS, Agreement, check_hf
 from rto_megatron.models.hf_config import Scoring, config_from_hf, scoring_from_hf
-from rto_megatron.models.hf_export import save_hf
+from rto_megatron.models.hf_export import attempt, save_hf
 from rto_megatron.models.hf_weights import load_hf, raise_together
 from rto_megatron.stages.reward import score_moments
 from rto_megatron.stages.roles import load_role, tokenizer_of
@@ -188,11 +187,11 @@ def _write_out(config: ConvertRun, mesh: Mesh, console: Console) -> None:
     if config.verify:
         try:
             agreement = _check(model, architecture, draft, tokenizer, config, mesh)
-            raise_together(_attempt(lambda: check_tokenizer_files(tokenizer, draft, TEXTS, names_pad=kind == "value")))
+            raise_together(attempt(lambda: check_tokenizer_files(tokenizer, draft, TEXTS, names_pad=kind == "value")))
         except CheckpointError as error:
             raise CheckpointError(f"{error}; out {config.out} is not written, its draft is left") from None
         console.say(str(agreement))
-    raise_together(_attempt(lambda: draft.rename(config.out)))
+    raise_together(attempt(lambda: draft.rename(config.out)))
     if kind == "value" and is_main():
         _say_bias(config.out, console)
 
@@ -201,18 +200,6 @@ def _check(
     model: Any, architecture: ModelConfig, folder: Path, tokenizer: Tokenizer, config: ConvertRun, mesh: Mesh
 ) -> Agreement:
     return check_hf(model, architecture, folder, tokenizer, mesh, cut=config.compute.score_cut)
-
-
-def _attempt(action: Callable[[], object]) -> str | None:
-    """Why the main rank cannot; None where it can, and on the other ranks, which do not try."""
-    try:
-        if is_main():
-            action()
-    except CheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"the Hugging Face folder could not be written: {error}"
-    return None
 
 
 def _say_bias(folder: Path, console: Console) -> None:

@@ -22,10 +22,10 @@ from rto_megatron.models.footprint import (
     model_bytes,
     offloaded_bytes,
 )
+from rto_megatron.stages.memory import JUDGES
 from rto_megatron.stages.resume import TrainingRun
 
 GIB = 1 << 30
-JUDGES = ("reference", "dpo", "reward_model")
 LIBRARIES = GIB // 2
 """Torch, Megatron and their like, in every process."""
 

@@ -74,16 +74,20 @@ def model_bytes(model: Model, parallel: ParallelConfig, compute: ComputeConfig, 
 
 def offloaded_bytes(models: list[Model], parallel: ParallelConfig, compute: ComputeConfig, *, stage: int) -> int:
     """Most that frozen roles take while they visit the device: the role that scores and the next, which is fetched."""
-    sizes = [
-        model_bytes(model, parallel, compute, stage=stage, num_data=1).weights
-        for model in models
-        if is_offloaded(model)
-    ]
+    sizes = [size for model in models if (size := hosted_bytes(model, parallel, compute, stage=stage))]
     return max((sum(pair) for pair in zip(sizes, [*sizes[1:], 0], strict=True)), default=0)
 
 
+def hosted_bytes(model: Model, parallel: ParallelConfig, compute: ComputeConfig, *, stage: int) -> int:
+    """Of a frozen model, what `compute.offload_frozen` keeps in host memory: all that no model that learns uses too."""
+    if is_offloaded(model):
+        return model_bytes(model, parallel, compute, stage=stage, num_data=1).weights
+    own = num_own_parameters(model.architecture, model.kind, model.lora, parallel, stage=stage)
+    return own * ITEM_BYTES[compute.dtype]
+
+
 def is_offloaded(model: Model) -> bool:
-    """Whether `compute.offload_frozen` keeps the model in host memory."""
+    """Whether `compute.offload_frozen` keeps the whole model in host memory."""
     return model.optimizer is None and not model.stays
 
 

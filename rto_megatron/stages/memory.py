@@ -26,11 +26,13 @@ from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.runtime import peak_bytes
 from rto_megatron.metrics import Console
-from rto_megatron.models.footprint import Model, is_offloaded, kept_bytes, model_bytes
+from rto_megatron.models.footprint import Model, hosted_bytes, kept_bytes, model_bytes
 from rto_megatron.stages.actors import Judges
 from rto_megatron.stages.roles import models_of
 from rto_megatron.stages.rules import roles_of
 
+JUDGES = ("reference", "dpo", "reward_model")
+"""The frozen roles."""
 PARTS = ("parameters", "host", "gradients", "optimizer", "activations")
 MIB = 1 << 20
 
@@ -160,14 +162,15 @@ class MemoryReport:
         for role in self._held:
             parallel, stage = role.parallel, role.mesh.pipeline.rank
             told = model_bytes(role.plan, parallel, self._compute, stage=stage, num_data=role.mesh.data.size)
-            moved = self._host is not None and is_offloaded(role.plan)
-            kept = 0
+            hosted = kept = 0
+            if self._host is not None and role.role in JUDGES:
+                hosted = hosted_bytes(role.plan, parallel, self._compute, stage=stage)
             if role.trainable is not None:
                 tokens = self._meters[role.role].most_tokens or self._micro_tokens
                 kept = kept_bytes(role.plan.architecture, parallel, self._compute, tokens=tokens)
             found[role.role] = {
-                "parameters": 0 if moved else told.weights,
-                "host": told.weights if moved else 0,
+                "parameters": told.weights - hosted,
+                "host": hosted,
                 "gradients": told.gradients,
                 "optimizer": told.optimizer,
                 "activations": kept,
@@ -240,9 +243,8 @@ def report_of(
     plans = {plan.name: plan for plan in models_of(roles_of(config), parents)}
     models: list[tuple[str, Any, Trainable | None, Mesh | None, ParallelConfig]] = []
     if judges is not None:
-        frozen = {"reference": judges.reference, "dpo": judges.dpo}
-        frozen["reward_model"] = judges.reward.model if judges.reward else None
-        models += [(role, model, None, mesh, config.parallel) for role, model in frozen.items()]
+        frozen = judges.reference, judges.dpo, judges.reward.model if judges.reward else None
+        models += [(role, model, None, mesh, config.parallel) for role, model in zip(JUDGES, frozen, strict=True)]
     models += [(role, its[0].model if its[0] else None, *its) for role, its in trained.items()]
     models += [(role, model, None, where, cut) for role, (model, where, cut) in copies.items()]
     held = []

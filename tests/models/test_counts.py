@@ -9,6 +9,7 @@ from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.optimizer import OptimizerConfig
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.models.counts import num_own_parameters, num_parameters
+from rto_megatron.models.footprint import Model, hosted_bytes, model_bytes
 from tests.ranks import run_ranks
 
 TINY = ModelConfig(
@@ -180,3 +181,11 @@ def test_the_count_of_what_adapters_train_is_that_of_the_model_which_is_built(wo
     for rank in run_ranks(adapters_on_this_rank, 2, words):
         for case, (built, foretold) in rank.items():
             assert foretold == built, case
+
+
+def test_of_a_reward_model_whose_trunk_the_critic_learns_on_only_the_head_is_moved_to_the_host():
+    model = Model(name="reward_model", architecture=TINY, kind="value", optimizer=None, stays=True)
+    layout, compute = ParallelConfig(), ComputeConfig()
+    whole = model_bytes(model, layout, compute, stage=0, num_data=1).weights
+    assert hosted_bytes(model, layout, compute, stage=0) == 4 * (TINY.hidden_size + 1) < whole
+    assert hosted_bytes(replace(model, stays=False), layout, compute, stage=0) == whole

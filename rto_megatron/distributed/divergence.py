@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from rto_megatron.distributed.log_probs import Head
+from rto_megatron.distributed.replica import gather_over_tensor
 
 
 def linear_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, head: Head) -> Tensor:
@@ -71,9 +71,7 @@ def _merge(local: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
 
     With w_r the reference's probability of rank r's part and z logits: KL = sum_r w_r mean_r(z_ref - z) - Z_ref + Z.
     """
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    norms, ref_norms, means = torch.stack(parts).unbind(-1)
+    norms, ref_norms, means = gather_over_tensor(local, group).unbind(-1)
     log_norm, ref_log_norm = norms.logsumexp(0), ref_norms.logsumexp(0)
     kl = ((ref_norms - ref_log_norm).exp() * means).sum(0) - ref_log_norm + log_norm
     return log_norm, ref_log_norm, kl.clamp(min=0)  # rounding may take it below

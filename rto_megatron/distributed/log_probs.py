@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rto_megatron.distributed.replica import gather_over_tensor
+
 
 def linear_log_probs(
     hidden: Tensor,
@@ -150,9 +152,7 @@ def _merge(local: Tensor, group: Any) -> tuple[Tensor, Tensor]:
     if group.size() == 1:  # the same bits, and nothing to wait for
         norm, entropy, logit = local.unbind(-1)
         return norm, torch.stack((logit - norm, entropy), -1)
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    norms, entropies, logits = torch.stack(parts).unbind(-1)
+    norms, entropies, logits = gather_over_tensor(local, group).unbind(-1)
     log_norm = norms.logsumexp(0)
     log_weight = norms - log_norm
     weight = log_weight.exp()

@@ -1,6 +1,6 @@
-"""What the ranks of one replica say to each other while it generates.
+"""What the ranks of one replica say to each other.
 
-By process group rather than by Mesh: a model that generates brings its own groups (`model.pg_collection`).
+By process group rather than by Mesh: a model brings its own groups (`model.pg_collection`).
 """
 
 import torch

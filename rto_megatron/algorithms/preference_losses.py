@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.algorithms.dpo import DPOLoss
-from rto_megatron.algorithms.masked import masked_sum, widen
+from rto_megatron.algorithms.masked import widen
 from rto_megatron.algorithms.una import implicit_rewards, una_loss
 
 
@@ -97,7 +97,7 @@ def tdpo_loss(
     Args:
         policy_chosen, policy_rejected: [P] nats, whole responses under the model being trained; carry the gradient.
         ref_chosen, ref_rejected: [P] nats, under the frozen SFT model.
-        chosen_kl, rejected_kl: [P] nats, D; see `sequential_kl`; carry the gradient.
+        chosen_kl, rejected_kl: [P] nats, D; carry the gradient.
         beta: strength of the pull to the reference, per nat.
         kl_coef: a; the paper takes 0.5.
         num_pairs: pairs of the whole minibatch, over all ranks.
@@ -109,18 +109,6 @@ def tdpo_loss(
     return _result(
         chosen - rejected - beta * drift, chosen + beta * chosen_kl, rejected + beta * rejected_kl, num_pairs
     )
-
-
-def sequential_kl(policy_log_probs: Tensor, ref_log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """Sum over response tokens of KL(pi_ref || pi) at the position that predicts each; [B] nats.
-
-    Args:
-        policy_log_probs, ref_log_probs: [B, T, V] nats, log-softmax of what predicts the token in column t.
-        response_mask: [B, T] bool.
-    """
-    policy, ref = widen(policy_log_probs), widen(ref_log_probs)
-    per_token = F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
-    return masked_sum(per_token, response_mask, -1)
 
 
 def thumbs_loss(

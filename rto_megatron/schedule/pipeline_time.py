@@ -82,22 +82,6 @@ def stream(order: Sequence[tuple[int, int]], num_stages: int, num_chunks: int = 
     ]
 
 
-def stream_seconds(
-    order: Sequence[tuple[int, int]], num_stages: int, forward: Sequence[float], *, backward: float = 2.0
-) -> float:
-    """Of one stream.
-
-    Args:
-        forward: seconds of each model's microbatch on a stage.
-        backward: of a backward pass, in forwards: 2, and 3 where all is computed again.
-    """
-    return makespan(
-        stream(order, num_stages),
-        lambda task: forward[task.model] * (backward if task.backward else 1.0),
-        num_stages=lambda model: num_stages,
-    )
-
-
 @lru_cache(maxsize=4096)
 def stretch(
     num_micros: int, num_stages: int, forwards: float = 3.0, *, num_chunks: int = 1, message: float = 0.0

@@ -7,7 +7,7 @@ import torch
 
 from rto_megatron.algorithms.dpo import dpo_loss
 from rto_megatron.algorithms.drto import robust_factors, robust_loss, span_losses, worst_weights
-from rto_megatron.algorithms.preference_losses import rdpo_loss, sequential_kl, simpo_loss, tdpo_loss, thumbs_loss
+from rto_megatron.algorithms.preference_losses import rdpo_loss, simpo_loss, tdpo_loss, thumbs_loss
 from rto_megatron.algorithms.una import implicit_rewards, una_loss
 
 JUNK = float("nan")
@@ -91,14 +91,6 @@ def test_tdpo2_stops_the_gradient_of_the_chosen_sides_drift_and_tdpo1_does_not()
         loss = tdpo_loss(**zeros, chosen_kl=chosen, rejected_kl=rejected, beta=0.5, kl_coef=kl_coef, num_pairs=1).loss
         grads = torch.autograd.grad(loss, (chosen, rejected), allow_unused=True)
         assert tuple(None if grad is None else grad.item() for grad in grads) == expected
-
-
-def test_sequential_kl_is_forward_and_of_the_response_only():
-    policy = torch.tensor([[[JUNK, JUNK], [0.5, 0.5], [0.25, 0.75]]]).log()
-    ref = torch.tensor([[[JUNK, JUNK], [0.25, 0.75], [0.25, 0.75]]]).log()
-    mask = torch.tensor([[False, True, True]])
-    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert sequential_kl(policy, ref, mask).item() == pytest.approx(expected)
 
 
 def test_una_squares_the_distance_of_implicit_and_explicit_reward():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rto_megatron.schedule.pipeline_time import Task, makespan, stream_seconds, stretch
+from rto_megatron.schedule.pipeline_time import Task, makespan, stream, stretch
 
 FLEXFUSION = json.loads(Path(__file__).with_name("flexfusion.json").read_text())
 """Fused orders of two models, found by search: results/ of github.com/FlexFusion/FlexFusion (Apache-2.0), a string a
@@ -36,14 +36,23 @@ def test_published_orders_take_the_published_time(case):
     assert found == case["makespan"]
 
 
+def seconds_of(order, num_stages, forward):
+    """Of one stream; `forward` are those of each model's microbatch on a stage, and backward takes twice as long."""
+    return makespan(
+        stream(order, num_stages),
+        lambda task: forward[task.model] * (2 if task.backward else 1),
+        num_stages=lambda model: num_stages,
+    )
+
+
 def in_a_row(*counts):
     return [(model, number) for model, count in enumerate(counts) for number in range(count)]
 
 
 def test_two_equal_models_in_one_stream():
     # 4 stages, 3 microbatches each: alone (3 + 3) * 3 = 18 each; together (6 + 3) * 3
-    assert 2 * stream_seconds(in_a_row(3), 4, [1.0]) == 36
-    assert stream_seconds(in_a_row(3, 3), 4, [1.0, 1.0]) == 27
+    assert 2 * seconds_of(in_a_row(3), 4, [1.0]) == 36
+    assert seconds_of(in_a_row(3, 3), 4, [1.0, 1.0]) == 27
 
 
 @pytest.mark.parametrize(
@@ -55,10 +64,10 @@ def test_fill_and_drain_on_the_cheap_model_are_shorter(stages, forward, alone, t
     order = in_a_row(stages, stages)
     cheap, large = order[stages:], order[:stages]
     between = [*cheap[: stages // 2], *large, *cheap[stages // 2 :]]
-    each = [stream_seconds([(model, i) for i in range(stages)], stages, forward) for model in (0, 1)]
+    each = [seconds_of([(model, i) for i in range(stages)], stages, forward) for model in (0, 1)]
     assert sum(each) == alone
-    assert stream_seconds(order, stages, forward) == together
-    assert stream_seconds(between, stages, forward) == sandwich
+    assert seconds_of(order, stages, forward) == together
+    assert seconds_of(between, stages, forward) == sandwich
 
 
 def test_the_stretch_of_equal_microbatches():

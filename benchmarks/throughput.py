@@ -4,8 +4,8 @@
 
 Rows of 128 tokens, half of them response; a training step is forward, backward and Adam of one model on 32 rows,
 scoring a forward pass. FLOPs are those that the mathematics asks for: 2 a weight and token forward, 4 backward, the
-output layer at response tokens only, and causal attention; logits that are computed again and all that is no matrix
-product count nothing.
+output layer and, of the last layer, all that follows attention at response tokens only, and causal attention; logits
+that are computed again and all that is no matrix product count nothing.
 
 Two measures of the machine: `peak`, the fastest float32 product of square matrices, and `shapes`, the products of the
 model's own layers (forward and both of the backward), alone, one after the other. In turn with ours, in one process.
@@ -39,19 +39,21 @@ def flops(
     layers = num_parameters(config, "value") - embedding
     tokens = rows * length
     heads = config.num_attention_heads * config.kv_channels
+    after_attention = (heads + 3 * config.ffn_hidden_size) * config.hidden_size
+    unasked = 2 * after_attention * rows * (length - response)
     attention = 2 * config.num_layers * heads * length * tokens  # two products, half of them masked
     head = 2 * embedding * rows * response if kind == "policy" else 0
-    return 2 * layers * tokens + attention + head
+    return 2 * layers * tokens - unasked + attention + head
 
 
 def products(config: ModelConfig, kind: Any, rows: int) -> list[tuple[int, int, int]]:
     """(tokens, inputs, outputs) of the matrix products of a forward pass over one microbatch."""
     tokens, h, heads = rows * ROW_TOKENS, config.hidden_size, config.num_attention_heads * config.kv_channels
     wide = heads + 2 * config.num_query_groups * config.kv_channels
-    ffn = config.ffn_hidden_size
-    layer = [(tokens, h, wide), (tokens, heads, h), (tokens, h, 2 * ffn), (tokens, ffn, h)]
-    head = [(rows * RESPONSE_TOKENS, h, config.padded_vocab_size)] if kind == "policy" else []
-    return layer * config.num_layers + head
+    ffn, asked = config.ffn_hidden_size, rows * RESPONSE_TOKENS
+    whole, last = ([(n, heads, h), (n, h, 2 * ffn), (n, ffn, h)] for n in (tokens, asked))
+    head = [(asked, h, config.padded_vocab_size)] if kind == "policy" else []
+    return [(tokens, h, wide)] * config.num_layers + whole * (config.num_layers - 1) + last + head
 
 
 class Bare:
@@ -100,7 +102,7 @@ def measure(name: str, kind: Any, micro: int, repeat: int, runtime: Any) -> dict
     from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.optimizer import make_trainable
-    from rto_megatron.distributed.step import head_outputs, score, token_log_probs, train_step
+    from rto_megatron.distributed.step import head_outputs_before_response, score, token_log_probs, train_step
     from rto_megatron.models.gpt import build_model
     from rto_megatron.stages.update import make_policy_loss, make_value_loss
 
@@ -118,7 +120,7 @@ def measure(name: str, kind: Any, micro: int, repeat: int, runtime: Any) -> dict
         **numbers,
     )
     policy = kind == "policy"
-    forward = token_log_probs if policy else head_outputs
+    forward = token_log_probs if policy else head_outputs_before_response
     make_loss = make_policy_loss if policy else make_value_loss
     loss, num_sums = make_loss(PPOConfig(loss_mean="token"), NUM_ROWS * RESPONSE_TOKENS), 6 if policy else 3
 

@@ -1,7 +1,7 @@
 """A minibatch cut into microbatches, and each as a model sees it: padded rows, or one row of them packed together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -32,6 +32,15 @@ class Batch(Protocol):
     def rows(self, index: Any, *, multiple: int = 1) -> Any: ...
 
 
+@dataclass
+class PackedRows(PackedSeqParams):
+    """Where rows begin and end in what is packed, and which tokens are asked about."""
+
+    read: Tensor | None = None
+    """[n] int64: places whose hidden states leave a model's last layer, which may spare itself the others; None for
+    all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Microbatch:
     """Some rows of a batch: what a loss is about, and what a model is given."""
@@ -44,10 +53,28 @@ class Microbatch:
     """Likewise: each token's place in its own row."""
     response_mask: Tensor
     """Likewise bool: True where the model is asked for the log-prob of a token."""
-    packed_seq_params: PackedSeqParams | None = None
+    packed_seq_params: PackedRows | None = None
     """Where rows begin and end in N; None where they are padded."""
     places: Tensor | None = None
     """[n] int64, n <= N: where each packed token stands in the record, counted row by row."""
+
+    @property
+    def predicting(self) -> PackedRows | None:
+        """Packed, to be read where a token of `response_mask` is predicted: one place before it."""
+        return self._read(self.response_mask[0, 1:])
+
+    @property
+    def ending(self) -> PackedRows | None:
+        """Packed, to be read where a row ends."""
+        if self.places is None:
+            return None
+        ends = torch.zeros_like(self.response_mask[0])
+        ends[self.record.num_tokens.cumsum(0) - 1] = True
+        return self._read(ends)
+
+    def _read(self, where: Tensor) -> PackedRows | None:
+        packed = self.packed_seq_params
+        return None if packed is None else replace(packed, read=where.nonzero()[:, 0])
 
     def unpack(self, output: Tensor) -> Tensor:
         """What a model says of its tokens, [B, T, ...] or packed [1, N, ...], as [B, T, ...]; 0 on padding."""
@@ -103,7 +130,7 @@ def pack(record: Any, *, multiple: int = 1) -> Microbatch:
         tokens=tokens,
         position_ids=positions,
         response_mask=asked,
-        packed_seq_params=PackedSeqParams(
+        packed_seq_params=PackedRows(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends,
             max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
         ),

@@ -46,7 +46,7 @@ token_log_probs = Forward(
         micro.position_ids,
         None,
         loss_mask=micro.response_mask,
-        packed_seq_params=micro.packed_seq_params,
+        packed_seq_params=micro.predicting,
     ),
     depth=(2,),
 )
@@ -77,6 +77,18 @@ head_outputs = Forward(
     depth=(),
 )
 """A scalar head's outputs, [B, T]; column t is read after token t."""
+
+
+head_outputs_before_response = Forward(
+    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.predicting), depth=()
+)
+"""`head_outputs` that response tokens follow on; the others may be 0."""
+
+
+head_outputs_at_end = Forward(
+    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.ending), depth=()
+)
+"""`head_outputs` of the last token of each row; the others may be 0."""
 
 
 def score(model: MegatronModule, batch: Batch, forward: Forward, mesh: Mesh, *, cut: Cut) -> Tensor:

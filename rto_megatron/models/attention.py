@@ -50,17 +50,20 @@ class PlainAttention(GroupedAttention):
         *,
         rotary_pos_emb: Tensor,
         packed_seq_params: PackedSeqParams | None = None,
+        read: Tensor | None = None,
         **_: Any,
     ) -> Any:
         """[T, B, hidden] -> [T, B, hidden], and no bias; packed, B is 1.
 
         Args:
             rotary_pos_emb: turns, from `with_turns`.
+            read: [n] int64, packed, the only tokens that are wanted: [n, 1, hidden] of them; None wants all.
         """
         query, key, value = self.get_query_key_value_tensors(hidden_states, None)
         query, key = rotate(query, rotary_pos_emb), rotate(key, rotary_pos_emb)
         attend, project = cast(Any, self.core_attention), cast(Any, self.linear_proj)
-        return project(attend(query, key, value, attention_mask, packed_seq_params=packed_seq_params))
+        attended = attend(query, key, value, attention_mask, packed_seq_params=packed_seq_params)
+        return project(attended if read is None else attended.index_select(0, read))
 
 
 def with_turns(model: Any, found: tuple, position_ids: Tensor) -> tuple:

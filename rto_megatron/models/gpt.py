@@ -32,6 +32,7 @@ from rto_megatron.errors import ConfigError
 from rto_megatron.models.attention import CausalAttention, GroupedAttention, PlainAttention, with_turns
 from rto_megatron.models.elementwise import rms_norm, swiglu
 from rto_megatron.models.heads import ScalarModel
+from rto_megatron.models.layer import ColumnLinear, PlainLayer, RowLinear, read_of
 from rto_megatron.models.lora import adapt_spec, freeze_base
 from rto_megatron.models.weights import initialize
 
@@ -64,16 +65,23 @@ class PolicyModel(GPTModel):
         return with_turns(self, super()._preprocess(ids, positions, **options), positions)
 
     def _postprocess(
-        self, hidden_states: Tensor, *, input_ids: Tensor, loss_mask: Tensor | None = None, **rest: Any
+        self,
+        hidden_states: Tensor,
+        *,
+        input_ids: Tensor,
+        loss_mask: Tensor | None = None,
+        packed_seq_params: Any = None,
+        **rest: Any,
     ) -> Tensor:
         """Hidden states of the last stage -> [B, T, 2] log-prob and entropy in nats, 0 outside `loss_mask`.
 
         With a reference `beside` [B, T, 3].
         Only positions that predict a token of `loss_mask` [B, T] go through the output layer, each on the context rank
-        that has it; the result is the same on all of them.
+        that has it; the result is the same on all of them. The last layer may have left out the others already.
         """
         if not self.post_process or (loss_mask is None and not self.gives_hidden):
-            return super()._postprocess(hidden_states=hidden_states, input_ids=input_ids, loss_mask=loss_mask, **rest)
+            rest |= {"input_ids": input_ids, "loss_mask": loss_mask, "packed_seq_params": packed_seq_params}
+            return super()._postprocess(hidden_states=hidden_states, **rest)
         group, context = self.pg_collection.tp, self.pg_collection.cp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
@@ -88,7 +96,8 @@ class PolicyModel(GPTModel):
         # picked out of the sequence-first tensor as it lies: the gradient of a transposed one is not contiguous, and
         # Megatron's sum of it over tensor ranks (0.16.1: all_reduce of a contiguous copy) is then lost
         rows, columns = predicts.nonzero(as_tuple=True)
-        picked, weight = hidden[columns, rows], self.output_weight()
+        left_out = read_of(self.decoder.layers[-1], packed_seq_params) is not None
+        picked, weight = hidden[:, 0] if left_out else hidden[columns, rows], self.output_weight()
         layer = {
             "group": group,
             "vocab_size": self.true_vocab,
@@ -164,6 +173,8 @@ def build_model(
         chunk.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
         if chunk.pre_process:
             chunk.embedding.register_forward_hook(_plain_strides)
+        if chunk.post_process and not fused and not parallel.sequence:  # which cuts the tokens into equal shares
+            chunk.decoder.layers[-1].ends_model = True
         chunk.true_vocab, chunk.max_length = config.vocab_size, config.max_length
         if isinstance(chunk, PolicyModel):
             chunk.temperature, chunk.log_prob_chunk, chunk.banned_ids = temperature, compute.log_prob_chunk, banned_ids
@@ -304,9 +315,11 @@ def _layer_spec(
     spec: Any = get_gpt_layer_local_spec(
         normalization="RMSNorm", qk_layernorm=config.qk_norm
     )  # its annotations say object
-    layer, attention = spec.submodules, spec.submodules.self_attention
-    attention.module, attention.submodules.core_attention = PlainAttention, CausalAttention
-    layer.mlp.submodules.activation_func = SwiGLU
+    layer, attention, mlp = spec.submodules, spec.submodules.self_attention, spec.submodules.mlp.submodules
+    spec.module, attention.module, attention.submodules.core_attention = PlainLayer, PlainAttention, CausalAttention
+    attention.submodules.linear_qkv = mlp.linear_fc1 = ColumnLinear
+    attention.submodules.linear_proj = mlp.linear_fc2 = RowLinear
+    mlp.activation_func = SwiGLU
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if config.qk_norm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from rto_megatron.distributed.context import own_columns, whole_rows
 from rto_megatron.models.attention import with_turns
+from rto_megatron.models.layer import read_of
 
 
 class ScalarHead(MegatronModule):
@@ -71,11 +72,16 @@ class ScalarModel(GPTModel):
         ids, positions = (own_columns(x, self.pg_collection.cp, dim=1) for x in (input_ids, position_ids))
         return with_turns(self, super()._preprocess(ids, positions, **options), positions)
 
-    def _postprocess(self, hidden_states: Tensor, **_: Any) -> Tensor:
-        """Hidden states of the last stage -> [B, T] head outputs; column t is read after token t."""
+    def _postprocess(
+        self, hidden_states: Tensor, *, input_ids: Tensor, packed_seq_params: Any = None, **_: Any
+    ) -> Tensor:
+        """Hidden states of the last stage -> [B, T] head outputs; column t is read after token t, 0 where it is not."""
         if not self.post_process:
             return hidden_states
-        return whole_rows(self.value_head(hidden_states), self.pg_collection.cp, dim=1)
+        out, read = self.value_head(hidden_states), read_of(self.decoder.layers[-1], packed_seq_params)
+        if read is not None:
+            return out.new_zeros(input_ids.shape).index_copy(1, read, out)
+        return whole_rows(out, self.pg_collection.cp, dim=1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

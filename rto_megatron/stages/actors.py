@@ -17,7 +17,14 @@ from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
-from rto_megatron.distributed.step import Forward, head_outputs, score, score_all, token_log_probs
+from rto_megatron.distributed.step import (
+    Forward,
+    head_outputs_at_end,
+    head_outputs_before_response,
+    score,
+    score_all,
+    token_log_probs,
+)
 from rto_megatron.models.gpt import Kind, PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.stages.roles import Trunks, load_role, tokenizer_of
@@ -140,9 +147,9 @@ def score_rollout(
     if judges.dpo:
         asks["dpo"] = judges.dpo, token_log_probs
     if critic is not None:
-        asks["critic"] = critic, head_outputs
+        asks["critic"] = critic, head_outputs_before_response
     if judges.reward:
-        asks["reward_model"] = judges.reward.model, head_outputs
+        asks["reward_model"] = judges.reward.model, head_outputs_at_end
     outputs = score_all(list(asks.values()), rollout, mesh, cut=config.compute.score_cut, host=judges.host)
     said = dict(zip(asks, outputs, strict=True))
     ref_log_probs = said["reference"][..., 0]

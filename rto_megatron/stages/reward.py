@@ -16,7 +16,7 @@ from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
-from rto_megatron.distributed.step import Loss, head_outputs
+from rto_megatron.distributed.step import Loss, head_outputs_at_end
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.stages.resume import (
     Checkpoints,
@@ -87,7 +87,7 @@ def score_moments(
     On held-out rows where there are some: scores of rows it was trained on are spread too far.
     """
     batch = collate_preferences(rows, tokenizer.pad_id).to(mesh.device)
-    outputs = score_rows(model, batch, head_outputs, config, mesh, unit=2)
+    outputs = score_rows(model, batch, head_outputs_at_end, config, mesh, unit=2)
     scores = sequence_scores(outputs, batch.num_tokens).double()
     return scores.mean().item(), max(scores.std(correction=0).item(), 1e-6)
 
@@ -108,7 +108,7 @@ def make_task(config: RewardRun, tokenizer: Tokenizer, mesh: Mesh) -> Task:
     return Task(
         group="reward_model",
         collate=lambda rows: collate_preferences(rows, tokenizer.pad_id).to(mesh.device),
-        forward=head_outputs,
+        forward=head_outputs_at_end,
         make_loss=make_loss,
         num_sums=4,
         summarise=partial(pair_metrics, side="score"),

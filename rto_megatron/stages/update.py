@@ -26,7 +26,7 @@ from rto_megatron.distributed.step import (
     Task,
     accumulate,
     finish,
-    head_outputs,
+    head_outputs_before_response,
     token_log_probs,
 )
 from rto_megatron.metrics import Latest, Mean, Mergeable
@@ -96,7 +96,8 @@ def tasks_of(
         rows = for_the_worst(whole, config.drto).rows(share)
         tasks.append(Task(policy, rows, token_log_probs, make_policy_loss(config.ppo, count), num_sums=6))
     if critic:
-        tasks.append(Task(critic, whole.rows(share), head_outputs, make_value_loss(config.ppo, count), num_sums=3))
+        rows, loss = whole.rows(share), make_value_loss(config.ppo, count)
+        tasks.append(Task(critic, rows, head_outputs_before_response, loss, num_sums=3))
     return tasks
 
 

@@ -13,7 +13,15 @@ from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.microbatches import pack
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import start_runtime
-from rto_megatron.distributed.step import Task, accumulate, finish, score_all
+from rto_megatron.distributed.step import (
+    Task,
+    accumulate,
+    finish,
+    head_outputs,
+    head_outputs_at_end,
+    head_outputs_before_response,
+    score_all,
+)
 from rto_megatron.models.gpt import build_model
 from tests.distributed.test_stream import CRITIC, FORWARDS, POLICY, weights_of
 from tests.ranks import run_ranks
@@ -93,6 +101,28 @@ def test_a_step_does_not_depend_on_how_its_rows_are_cut_packed_and_shared_out(la
                     allowed = 1e-5 * max(1.0, theirs.abs().max().item())
                     assert (ours - theirs).abs().max() <= allowed, f"{way}: {name}"
         assert calls["packed, all at once"] < calls["packed, by rows"] < calls["one padded row at a time"]
+
+
+def whole_and_part(parallel):
+    """A critic's outputs where each way of asking reads them, and the tokens that went through its last MLP."""
+    mesh = build_mesh(parallel, start_runtime(threads=1), seed=0)
+    model = build_model(CRITIC, mesh, kind="value", parallel=parallel, compute=ComputeConfig(), seed=3)
+    model.value_head.weight.data.fill_(0.1)
+    batch, went = batch_of(LENGTHS), []
+    model.decoder.layers[-1].mlp.register_forward_hook(lambda _, inputs, __: went.append(len(inputs[0])))
+    asks = [(model, forward) for forward in (head_outputs, head_outputs_before_response, head_outputs_at_end)]
+    whole, before, end = score_all(asks, batch, mesh, cut=Cut(tokens=10_000, packed=True))
+    states = batch.response_mask[:, 1:]
+    last = torch.arange(len(batch)), batch.num_tokens - 1
+    return [(whole[:, :-1][states], before[:, :-1][states]), (whole[last], end[last])], went
+
+
+def test_tokens_that_nobody_asks_about_skip_the_last_mlp_and_change_nothing():
+    [(pairs, went)] = run_ranks(whole_and_part, 1, ParallelConfig())
+    for whole, part in pairs:
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-6)
+        assert part.abs().min() > 0
+    assert went == [sum(LENGTHS), int(batch_of(LENGTHS).response_mask.sum()), len(LENGTHS)]
 
 
 def test_packed_rows_are_their_tokens_and_nothing_else():

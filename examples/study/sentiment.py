@@ -21,7 +21,7 @@ DATA = "STUDY_DATA"
 CLIP = 4.0
 NOISE = 1.0
 """A pair's label is drawn with log-odds of the lead in gold over this."""
-SFT, PAIRS, TRAIN, VALIDATION, TEST = 256, 384, 256, 48, 64
+SFT, PAIRS, TRAIN, VALIDATION, TEST = 128, 160, 128, 32, 32
 """Rows and prompts of each kind."""
 
 

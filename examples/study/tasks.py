@@ -130,7 +130,7 @@ def sentiment_task() -> Task:
         pairs=(*longest, "--checkpoint.optimizer_at_end=false"),
         reward=("--optimizer.lr=2e-5",),
         samples=(
-            "--prompts_per_step=32", "--samples_per_optimizer_step=16", "--num_steps=8", "--eval_every=4",
+            "--prompts_per_step=32", "--samples_per_optimizer_step=16", "--num_steps=4", "--eval_every=2",
             "--critic_optimizer.lr=3e-5", "--optimizer.min_lr_frac=1", "--critic_optimizer.min_lr_frac=1",
         ),
         answers=("--rollout.max_prompt_tokens=48", "--rollout.max_new_tokens=32", "--rollout.max_slots=32",

@@ -79,6 +79,7 @@ bench-more: $(VENV)/.bench ## one setting at a time; cost against tokens, size a
 	$(PY) -m benchmarks.ablation --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.scaling --inputs $(BENCH_INPUTS)
 	$(PY) -m benchmarks.packing
+	$(PY) -m benchmarks.decode_blocks
 	$(PY) -m benchmarks.event_loop
 	$(PY) -m benchmarks.schedule_maps
 

@@ -83,20 +83,29 @@ class Ours:
         runtime, parallel, config = start_runtime(threads=threads), ParallelConfig(), model_config(name)
         mesh = build_mesh(parallel, runtime, seed=0)
         whole = {"parallel": parallel, "compute": ComputeConfig(), "seed": None}
+        self.cache_bytes = 0
+        """Most that keys and values took in the last `write`."""
         self.model = build_model(config, mesh, kind="policy", banned_ids=(PAD,), **whole)
         load_hf(self.model, folder, config)
 
-    def write(self, task: Task) -> list[Any]:
-        """Completions of all prompts, in their order."""
+    def write(self, task: Task, **options: Any) -> list[Any]:
+        """Completions of all prompts, in their order.
+
+        Args:
+            options: of the engine.
+        """
         from rto_megatron.rollout.engine import Request, RolloutEngine
 
         longest = max(len(p) + n for p, n in zip(task.prompts, task.lengths, strict=True))
-        engine = RolloutEngine(self.model, max_slots=task.batch, max_length=longest, eos_ids=())
+        engine = RolloutEngine(self.model, max_slots=task.batch, max_length=longest, eos_ids=(), **options)
         requests = [
             Request(uid=uid, prompt=tuple(prompt), max_new_tokens=length, seed=uid)
             for uid, (prompt, length) in enumerate(zip(task.prompts, task.lengths, strict=True))
         ]
+        batches, make = [], engine.batch
+        engine.batch = lambda some: batches.append(make(some)) or batches[-1]
         done = sorted(engine.generate(requests), key=lambda completion: completion.uid)
+        self.cache_bytes = sum(batch.cache_bytes for batch in batches)
         assert [len(completion.tokens) for completion in done] == task.lengths
         return done
 

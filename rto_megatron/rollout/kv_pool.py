@@ -29,7 +29,8 @@ class Pool:
         self._most = 1 + shape.num_slots * blocks_of(shape.max_length, block_tokens)
         first = 1 if blocks is None else min(1 + blocks, self._most)
         self._keys, self._values = ([self._zeros(first) for _ in range(shape.num_layers)] for _ in range(2))
-        self._reads_in_place = has_paged_kernel(shape, block_tokens)
+        self.reads_in_place = has_paged_kernel(shape, block_tokens)
+        """Whether a decode step gathers nothing."""
         self.next_plan: tuple[Tensor, ...] = ()
         self.generation = 0
 
@@ -78,7 +79,7 @@ class Pool:
         places, table, used, starts = self.next_plan
         self._write(layer, places, key, value)
         keys, values = self._keys[layer], self._values[layer]
-        if self._reads_in_place:
+        if self.reads_in_place:
             return _attend_in_place(query, keys, values, table=table, used=used, starts=starts, width=self._width)
         return attend_masked(
             query, self._gather(keys, table, self._width), self._gather(values, table, self._width), bias

@@ -123,8 +123,12 @@ def _on_cpu(x, mask):
     return (x[mask] if x.dim() > 1 and x.shape[:2] == mask.shape else x).cpu()
 
 
-def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24, recorded=False):
-    """Responses and their log-probs, and what the training forward says of the same tokens."""
+def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24, **options):
+    """Responses and their log-probs, and what the training forward says of the same tokens.
+
+    Args:
+        options: of the engine.
+    """
     from rto_megatron.batch import SFTBatch
     from rto_megatron.config.model import ModelConfig
     from rto_megatron.config.parallel import ComputeConfig, Cut, ParallelConfig
@@ -145,7 +149,7 @@ def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24, record
         Request(uid=i, prompt=tuple(p), max_new_tokens=new_tokens, seed=i, temperature=temperature)
         for i, p in enumerate(prompts)
     ]
-    engine = RolloutEngine(model, max_slots=4, max_length=64, eos_ids=(), recorded=recorded)
+    engine = RolloutEngine(model, max_slots=4, max_length=64, eos_ids=(), **options)
     done = sorted(engine.generate(requests), key=lambda completion: completion.uid)
     rows = [p + completion.tokens for p, completion in zip(prompts, done, strict=True)]
     width = max(map(len, rows))

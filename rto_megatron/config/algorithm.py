@@ -189,7 +189,7 @@ class RolloutConfig:
     kv_block_tokens: int = 0
     """Tokens of a block of the cache of keys and values: a sequence takes a block when its last one is full and gives
     all back when it ends, so that memory follows what is written. 0 keeps a slot of max_prompt_tokens + max_new_tokens
-    for each."""
+    for each, which is the faster on a CPU (blocks 0.87 to 0.99 times: benchmarks/results/decode_blocks.md)."""
     kv_blocks: int | None = None
     """Blocks of a decode batch, all made at its start; null makes them as they are needed. A sequence begins only when
     it and those before it can all come to their full length: with few blocks fewer than `max_slots` decode together."""

@@ -36,9 +36,9 @@ from rto_megatron.parity.lines import (
     token_differences,
     tolerance,
 )
-from rto_megatron.stages.generate import check_writable, write_text
 from rto_megatron.stages.rto import Setup, prepare
 from rto_megatron.stages.rules import check_run
+from rto_megatron.stages.run import check_writable, write_text
 
 POLL_SECONDS = 5.0
 """Between two words of rank 0 to the ranks that wait: far below a collective's timeout, however long the leg takes."""

@@ -1,22 +1,18 @@
 """Responses of a checkpoint to a file of prompts, as JSON lines."""
 
-import json
-from pathlib import Path
-
 from rto_megatron.config.run import GenerateRun
 from rto_megatron.data.collate import prompt_batch
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
-from rto_megatron.distributed.runtime import Runtime, is_main, rank
-from rto_megatron.errors import ConfigError
+from rto_megatron.distributed.runtime import Runtime, is_main
 from rto_megatron.metrics import Console
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
-from rto_megatron.stages.run import writing
+from rto_megatron.stages.run import check_writable, json_lines, write_text
 
 PROMPTS_AT_A_TIME = 512
 """Per replica: between two rounds the progress moves."""
@@ -71,30 +67,3 @@ def _answer(
             }
         )
     return answers
-
-
-def check_writable(name: str, path: Path) -> None:
-    """Raise ConfigError with the field `name` now rather than after hours if a file cannot be written at `path`."""
-    if path.is_dir():
-        raise ConfigError(f"{name} {path}: is a folder; name a file")
-    draft = path.with_name(f"{path.name}.{rank()}.tmp")
-    with writing(name, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()
-        draft.unlink()
-
-
-def write_text(name: str, path: Path, text: str) -> None:
-    """Write a file that is complete or not there; ConfigError with the field `name` if it cannot be."""
-    draft = path.with_name(path.name + ".tmp")
-    with writing(name, path):
-        try:
-            draft.write_text(text)
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def json_lines(rows: list[dict]) -> str:
-    """The text of a JSONL file."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

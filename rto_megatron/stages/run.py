@@ -1,10 +1,11 @@
 """What every stage does around its algorithm: the run folder, the log, the clock, the start table."""
 
 import fcntl
+import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from rto_megatron.config.load import dump_run
 from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import broadcast_object
 from rto_megatron.distributed.mesh import Mesh
-from rto_megatron.distributed.runtime import is_main, world_size
+from rto_megatron.distributed.runtime import is_main, rank, world_size
 from rto_megatron.errors import ConfigError, UserError
 from rto_megatron.metrics import Console, TensorBoardLog
 
@@ -64,6 +65,33 @@ def writing(name: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise ConfigError with the field `name` now rather than after hours if a file cannot be written at `path`."""
+    if path.is_dir():
+        raise ConfigError(f"{name} {path}: is a folder; name a file")
+    draft = path.with_name(f"{path.name}.{rank()}.tmp")
+    with writing(name, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.touch()
+        draft.unlink()
+
+
+def write_text(name: str, path: Path, text: str) -> None:
+    """Write a file that is complete or not there; ConfigError with the field `name` if it cannot be."""
+    draft = path.with_name(path.name + ".tmp")
+    with writing(name, path):
+        try:
+            draft.write_text(text)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
+def json_lines(rows: list[dict]) -> str:
+    """The text of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 @contextmanager
@@ -131,8 +159,3 @@ def _lock(folder: Path) -> None:
     lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     _locks.append(lock)
-
-
-def with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Names with a group in front."""
-    return {prefix + name: value for name, value in values.items()}

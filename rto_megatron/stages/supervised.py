@@ -1,7 +1,6 @@
 """What sft, dpo and reward share: reading rows, and the loop of optimizer steps and evaluations."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
 from rto_megatron.config.run import ConvertRun, DPORun, RewardRun, SFTRun
 from rto_megatron.data.readers import Dropped
 from rto_megatron.data.sampler import batch_rows
@@ -25,7 +23,8 @@ from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.errors import DataError
 from rto_megatron.schedule.pace import Seen, save_seconds
 from rto_megatron.stages.resume import Checkpoints, Progress
-from rto_megatron.stages.run import Clock, Run, with_prefix
+from rto_megatron.stages.run import Clock, Run
+from rto_megatron.stages.update import learning_rate
 
 Row = TypeVar("Row")
 SupervisedRun = SFTRun | DPORun | RewardRun
@@ -119,47 +118,24 @@ def fit(
     watchdog = Watchdog(rank=rank(), world=world_size())
     size = sum(weight.numel() for weight in trainable.model.parameters()) * mesh.tensor.size * mesh.pipeline.size
     clock = Clock(watch=partial(_watched, watchdog, Seen(), at, save_seconds(size)))
-    warmup = math.ceil(config.optimizer.warmup_frac * total)
     with watchdog.watching(), run.console.progress(task.group, total=total, start=at.step) as progress:
         for step in range(at.step, total):
-            picked = batch_rows(len(rows), config.train.batch_size, seed=config.seed, step=step)
-            batch = task.collate([rows[i] for i in picked])
-            lr = cosine_with_min_lr(
-                step + 1,
-                peak=config.optimizer.lr,
-                min_lr_frac=config.optimizer.min_lr_frac,
-                warmup_steps=warmup,
-                num_steps=total,
+            numbers, told, num_tokens = _take_step(
+                trainable, task, rows, config, mesh, clock, step=step, num_steps=total
             )
-            tokens = batch.num_tokens.tolist()
-            shares = deal(tokens, mesh.data.size, unit=task.rows_per_item)
-            with clock.phase("update"):
-                result = train_step(
-                    trainable,
-                    batch.rows(shares[mesh.data.rank]),
-                    task.forward,
-                    task.make_loss(batch),
-                    mesh,
-                    cut=config.compute.cut,
-                    lr=lr,
-                    num_sums=task.num_sums,
-                    unit=task.rows_per_item,
-                )
-            numbers = task.summarise(result.sums)
             last = step + 1 == total
             due = eval_rows and (last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0))
             if due:
                 with clock.phase("evaluate"):
                     held_out = evaluate(trainable, task, eval_rows, config, mesh)
-            eval_numbers = with_prefix(f"{task.group}/eval_", held_out) if due else {}
+            eval_numbers = _with_prefix(f"{task.group}/eval_", held_out) if due else {}
             seconds = clock.take()
             run.log.write(
                 step,
-                with_prefix(f"{task.group}/", numbers)
+                _with_prefix(f"{task.group}/", numbers)
                 | eval_numbers
-                | {"optimizer/grad_norm": result.grad_norm, "optimizer/learning_rate": lr}
-                | {"speed/tokens_per_second": sum(tokens) / seconds["time/step_seconds"]}
-                | {"speed/token_imbalance": imbalance(tokens, shares)}
+                | told
+                | {"speed/tokens_per_second": num_tokens / seconds["time/step_seconds"]}
                 | seconds
                 | extra,
             )
@@ -171,6 +147,46 @@ def fit(
     run.console.say(f"checkpoint: {checkpoints.last_folder}")
     if held_out:
         run.console.say(f"held out: {'  '.join(f'{name} {value:.4g}' for name, value in held_out.items())}")
+
+
+def _take_step(
+    trainable: Trainable,
+    task: Task,
+    rows: Sequence[Row],
+    config: SupervisedRun,
+    mesh: Mesh,
+    clock: Clock,
+    *,
+    step: int,
+    num_steps: int,
+) -> tuple[dict[str, float], dict[str, float], int]:
+    """An optimizer step on the rows whose turn it is: the task's metrics, what else is told of it, and its tokens."""
+    picked = batch_rows(len(rows), config.train.batch_size, seed=config.seed, step=step)
+    batch = task.collate([rows[i] for i in picked])
+    tokens, lr = batch.num_tokens.tolist(), learning_rate(config.optimizer, step, num_steps)
+    shares = deal(tokens, mesh.data.size, unit=task.rows_per_item)
+    with clock.phase("update"):
+        result = train_step(
+            trainable,
+            batch.rows(shares[mesh.data.rank]),
+            task.forward,
+            task.make_loss(batch),
+            mesh,
+            cut=config.compute.cut,
+            lr=lr,
+            num_sums=task.num_sums,
+            unit=task.rows_per_item,
+        )
+    told = {
+        "optimizer/grad_norm": result.grad_norm,
+        "optimizer/learning_rate": lr,
+        "speed/token_imbalance": imbalance(tokens, shares),
+    }
+    return task.summarise(result.sums), told, sum(tokens)
+
+
+def _with_prefix(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {prefix + name: value for name, value in values.items()}
 
 
 @contextmanager

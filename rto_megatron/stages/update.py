@@ -130,7 +130,7 @@ def take_optimizer_step(
     """
     plan, is_policy = plan_updates(config), trainable.name == "policy"
     optimizer = config.optimizer if is_policy else config.critic_optimizer
-    lr = learning_rate(optimizer, step * plan.minibatches_per_step + number, plan)
+    lr = learning_rate(optimizer, step * plan.minibatches_per_step + number, plan.num_optimizer_steps)
     result = finish(trainable, sums, mesh, lr=lr)
     if not is_policy:
         return _critic_report(result, lr)
@@ -141,14 +141,14 @@ def take_optimizer_step(
     return report | {"speed/token_imbalance": Mean(imbalance(tokens, deal(tokens, mesh.data.size)), 1)}
 
 
-def learning_rate(config: OptimizerConfig, done: int, plan: Plan) -> float:
-    """Of the optimizer step that follows `done` others."""
+def learning_rate(config: OptimizerConfig, done: int, num_steps: int) -> float:
+    """Of the optimizer step that follows `done` others, of so many in all."""
     return cosine_with_min_lr(
         done + 1,
         peak=config.lr,
         min_lr_frac=config.min_lr_frac,
-        warmup_steps=math.ceil(config.warmup_frac * plan.num_optimizer_steps),
-        num_steps=plan.num_optimizer_steps,
+        warmup_steps=math.ceil(config.warmup_frac * num_steps),
+        num_steps=num_steps,
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rto_megatron.errors import ConfigError
-from rto_megatron.stages.generate import check_writable, write_text
+from rto_megatron.stages.run import check_writable, write_text
 from tests.ranks import RanksFailed, run_ranks
 from tests.stages.chain import run_stage
 

@@ -7,11 +7,28 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from rto_megatron.distributed.runtime import environment_alone
-from rto_megatron.errors import UserError
+from rto_megatron.config.load import load_any, print_options, split_options
+from rto_megatron.distributed.runtime import environment_alone, world_size
+from rto_megatron.errors import ConfigError, UserError
+
+
+def read_words(command: str, options_class: type, path: Path | None, words: list[str]) -> tuple[Any, list[str], Any]:
+    """What a command that starts runs was told: its own options, the words that start such a run, and its config.
+
+    Raises:
+        ConfigError: as `load_any`; or it is one of several ranks.
+    """
+    if world_size() > 1:
+        raise ConfigError(f"{command} starts its ranks itself: run it with plain python, and give --ranks=N")
+    if "-h" in words or "--help" in words:
+        print_options(options_class, f"python -m rto_megatron {command} RUN.yaml [--section.field=value ...]")
+    options, rest = split_options(options_class, words)
+    stage, config = load_any(path, rest)
+    return options, [stage, *([str(path)] if path else []), *rest], config
 
 
 def run_world(words: Sequence[str], log: Path, *, ranks: int, until: Callable[[], bool] | None = None) -> None:

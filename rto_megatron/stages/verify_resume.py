@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.config.load import load_any, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import (
     TRACKER,
@@ -24,11 +23,11 @@ from rto_megatron.distributed.checkpoint import (
     relative_difference,
     step_of,
 )
-from rto_megatron.distributed.runtime import start_runtime, world_size
+from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import cast_of, least_ranks
-from rto_megatron.stages.child_runs import run_world
+from rto_megatron.stages.child_runs import read_words, run_world
 from rto_megatron.stages.resume import TrainingRun
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import writing
@@ -76,18 +75,13 @@ def main(path: Path | None, words: list[str]) -> int:
         ConfigError: the config is not that of a training stage, or this is one of several ranks.
         UserError: what a run refuses before it loads a model, before anything is written.
     """
-    if world_size() > 1:
-        raise ConfigError("verify-resume starts its ranks itself: run it with plain python, and give --ranks=N")
-    if "-h" in words or "--help" in words:
-        print_options(Options, "python -m rto_megatron verify-resume RUN.yaml [--section.field=value ...]")
-    options, rest = split_options(Options, words)
-    stage, config = load_any(path, rest)
+    options, start, config = read_words("verify-resume", Options, path, words)
     if not isinstance(config, TrainingRun):
-        raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {stage}")
+        raise ConfigError(f"verify-resume takes the config of sft, dpo, reward, rto or ppo, got one of {start[0]}")
     ranks = options.ranks or (least_ranks(config) if isinstance(config, RTORun) else config.parallel.replica)
     # now, rather than in a world of its own: nothing is written yet
     check_run(config, _num_data(config, ranks))
-    return Proof(stage, path, rest, config, ranks=ranks, steps=options.steps).run()
+    return Proof(start, config, ranks=ranks, steps=options.steps).run()
 
 
 def _num_data(config: TrainingRun, ranks: int) -> int:
@@ -97,15 +91,14 @@ def _num_data(config: TrainingRun, ranks: int) -> int:
 class Proof:
     """The four runs and their comparison."""
 
-    def __init__(
-        self, stage: str, path: Path | None, words: list[str], config: TrainingRun, *, ranks: int, steps: int
-    ) -> None:
-        self.stage, self.path, self.config, self.ranks, self.steps = stage, path, config, ranks, steps
+    def __init__(self, start: list[str], config: TrainingRun, *, ranks: int, steps: int) -> None:
+        """`start`: the words that start such a run, its stage first."""
+        self.config, self.ranks, self.steps = config, ranks, steps
         self.half = steps // 2
         self.folder = config.run_dir / "verify-resume"
         length = f"--num_steps={steps}" if isinstance(config, RTORun) else f"--train.max_steps={steps}"
-        self.words = [*words, length, "--checkpoint.save_every=1", "--checkpoint.keep_last=null"]
-        self.words.append("--checkpoint.optimizer_at_end=true")  # it is compared
+        self.start = [*start, length, "--checkpoint.save_every=1", "--checkpoint.keep_last=null"]
+        self.start.append("--checkpoint.optimizer_at_end=true")  # it is compared
         self.console = Console()
 
     def run(self) -> int:
@@ -113,7 +106,7 @@ class Proof:
         shutil.rmtree(self.folder, ignore_errors=True)
         with writing("run_dir", self.folder):
             self.folder.mkdir(parents=True)
-        self.console.say(f"{self.stage}, {self.steps} steps on {self.ranks} rank(s), logs and runs in {self.folder}")
+        self.console.say(f"{self.start[0]}, {self.steps} steps on {self.ranks} rank(s), logs and runs in {self.folder}")
         self._go("straight")
         self._go("resumed", kill_after=self.half)
         killed_after = open_checkpoint(self.folder / "resumed").manifest.step
@@ -136,10 +129,9 @@ class Proof:
         """Start a run and wait for its end, or kill it once the checkpoint of a step is named."""
         run_dir = self.folder / name
         self.console.say(f"{name}{' (to be killed)' if kill_after else ''} ...")
-        start = [self.stage, *([str(self.path)] if self.path else []), *self.words]
         due = None if kill_after is None else lambda: self._step(run_dir) >= kill_after
         log = self.folder / f"{name}.log"
-        run_world([*start, f"--run_dir={run_dir}", *words], log, ranks=ranks or self.ranks, until=due)
+        run_world([*self.start, f"--run_dir={run_dir}", *words], log, ranks=ranks or self.ranks, until=due)
 
     def _step(self, run_dir: Path) -> int:
         """Of the newest checkpoint that has a name; 0 where there is none."""

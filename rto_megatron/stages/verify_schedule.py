@@ -16,14 +16,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rto_megatron.config.load import load_any, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import fingerprint, largest_difference, open_checkpoint
-from rto_megatron.distributed.runtime import start_runtime, world_size
+from rto_megatron.distributed.runtime import start_runtime
 from rto_megatron.errors import NOT_PROVEN, ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import Cast, cast_of, least_ranks
-from rto_megatron.stages.child_runs import run_world
+from rto_megatron.stages.child_runs import read_words, run_world
 from rto_megatron.stages.course import prompts_of
 from rto_megatron.stages.roles import tokenizer_of
 from rto_megatron.stages.rules import check_run
@@ -63,6 +62,11 @@ class Leg:
     must_differ: bool = False
     tolerance: float = 0.0
 
+    @property
+    def folder(self) -> str:
+        """Below that of the proof."""
+        return self.name.replace(" ", "-")
+
 
 def main(path: Path | None, words: list[str]) -> int:
     """Run them, print the table, write verify-schedule.json; 0 if the proof holds, 3 if not.
@@ -71,14 +75,9 @@ def main(path: Path | None, words: list[str]) -> int:
         ConfigError: the config is not that of rto or ppo, or this is one of several ranks.
         UserError: what a run refuses before it loads a model, before anything is written.
     """
-    if world_size() > 1:
-        raise ConfigError("verify-schedule starts its ranks itself: run it with plain python, and give --ranks=N")
-    if "-h" in words or "--help" in words:
-        print_options(Options, "python -m rto_megatron verify-schedule RUN.yaml [--section.field=value ...]")
-    options, rest = split_options(Options, words)
-    stage, config = load_any(path, rest)
+    options, start, config = read_words("verify-schedule", Options, path, words)
     if not isinstance(config, RTORun):
-        raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {stage}")
+        raise ConfigError(f"verify-schedule takes the config of rto or ppo, got one of {start[0]}")
     ranks = options.ranks or least_ranks(config)
     cast = cast_of(config, ranks)
     # now, rather than in a world of its own: nothing is written yet
@@ -88,14 +87,13 @@ def main(path: Path | None, words: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     with writing("run_dir", folder):
         folder.mkdir(parents=True)
-    console.say(f"{stage}, {options.steps} steps, logs and runs in {folder}")
-    start = [stage, *([str(path)] if path else []), *rest, f"--num_steps={options.steps}"]
-    start += ["--checkpoint.keep_last=null", "--checkpoint.optimizer_at_end=true"]
+    console.say(f"{start[0]}, {options.steps} steps, logs and runs in {folder}")
+    start += [f"--num_steps={options.steps}", "--checkpoint.keep_last=null", "--checkpoint.optimizer_at_end=true"]
     legs, seconds = list(legs_of(config, cast, ranks, options)), {}
     for leg in legs:
         console.say(f"{leg.name} on {leg.ranks} rank(s) ...")
         began = time.perf_counter()
-        run_dir = folder / leg.name.replace(" ", "-")
+        run_dir = folder / leg.folder
         run_world([*start, f"--run_dir={run_dir}", *leg.words], folder / f"{run_dir.name}.log", ranks=leg.ranks)
         seconds[leg.name] = time.perf_counter() - began
     start_runtime(threads=1)
@@ -141,7 +139,7 @@ def legs_of(config: RTORun, cast: Cast, ranks: int, options: Options) -> Iterato
 
 def _report(console: Console, folder: Path, legs: list[Leg], seconds: dict[str, float]) -> int:
     first, *others = legs
-    found = {leg.name: open_checkpoint(folder / leg.name.replace(" ", "-")) for leg in legs}
+    found = {leg.name: open_checkpoint(folder / leg.folder) for leg in legs}
     prints = {name: fingerprint(checkpoint) for name, checkpoint in found.items()}
     table: list[tuple[object, ...]] = [(first.name, first.ranks, prints[first.name][:16], seconds[first.name], "")]
     holds = True
@@ -164,6 +162,6 @@ def _report(console: Console, folder: Path, legs: list[Leg], seconds: dict[str, 
     (folder / "verify-schedule.json").write_text(text + "\n")
     if holds:
         for leg in legs:
-            shutil.rmtree(folder / leg.name.replace(" ", "-"))
+            shutil.rmtree(folder / leg.folder)
     console.say("time and place change nothing" if holds else f"they DO change it: compare in {folder}")
     return 0 if holds else NOT_PROVEN

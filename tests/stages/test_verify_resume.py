@@ -45,7 +45,7 @@ def start_and_kill(path):
     from rto_megatron.stages.verify_resume import Proof
 
     stage, config = load_any(path, [])
-    proof = Proof(stage, path, [], config, ranks=1, steps=4)
+    proof = Proof([stage, str(path)], config, ranks=1, steps=4)
     proof.folder.mkdir(parents=True)
     proof._go("resumed", kill_after=1)
 

@@ -8,16 +8,15 @@ from typing import Any
 
 import psutil
 
-from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun
 from rto_megatron.doctor.findings import Section, in_units
 from rto_megatron.doctor.machine import Place
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.models.footprint import (
-    ITEM_BYTES,
     Bytes,
     Model,
     activation_bytes,
+    cached_bytes,
     is_offloaded,
     model_bytes,
     offloaded_bytes,
@@ -28,14 +27,6 @@ from rto_megatron.stages.resume import TrainingRun
 GIB = 1 << 30
 LIBRARIES = GIB // 2
 """Torch, Megatron and their like, in every process."""
-
-
-def cache_bytes(model: ModelConfig, config: Any, *, num_slots: int) -> int:
-    """Keys and values of the sequences that are written together on one rank."""
-    parallel, rollout = config.parallel, config.rollout
-    groups = max(1, model.num_query_groups // parallel.tensor)
-    per_token = 2 * groups * model.kv_channels * model.num_layers // parallel.pipeline
-    return rollout.most_cached(num_slots) * per_token * ITEM_BYTES[config.compute.dtype]
 
 
 def check_memory(found: Section, config: Any, models: Sequence[Model], place: Place, *, num_data: int) -> None:
@@ -111,7 +102,8 @@ def passing_bytes(config: Any, models: Sequence[Model], *, num_data: int) -> dic
         if isinstance(config, RTORun):
             slots = min(slots, config.prompts_per_step * config.samples_per_prompt // num_data)
         writers = [model.architecture for model in models if model.kind == "policy"]
-        passing["key-value cache"] = max((cache_bytes(w, config, num_slots=slots) for w in writers), default=0)
+        a_token = max((cached_bytes(w, config.parallel, config.compute) for w in writers), default=0)
+        passing["key-value cache"] = config.rollout.most_cached(slots) * a_token
     return passing
 
 

@@ -91,6 +91,12 @@ def is_offloaded(model: Model) -> bool:
     return model.optimizer is None and not model.stays
 
 
+def cached_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> int:
+    """Keys and values of a token that is written, on the rank that has most layers."""
+    groups, layers = max(1, model.num_query_groups // parallel.tensor), -(-model.num_layers // parallel.pipeline)
+    return 2 * groups * model.kv_channels * layers * ITEM_BYTES[compute.dtype]
+
+
 def activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, *, tokens: int) -> int:
     """Roughly what one microbatch keeps on one rank until its backward pass, and the logits of one chunk."""
     logits = 3 * 4 * compute.log_prob_chunk * model.padded_vocab_size // parallel.tensor

@@ -15,9 +15,9 @@ from typing import Literal
 
 from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
 from rto_megatron.models.footprint import (
-    ITEM_BYTES,
     Model,
     activation_bytes,
+    cached_bytes,
     is_offloaded,
     model_bytes,
     offloaded_bytes,
@@ -137,12 +137,10 @@ def _visitors(setting: Setting) -> dict[str, float]:
     }
 
 
-def cache_bytes_of_a_token(setting: Setting) -> float:
+def cache_bytes_of_a_token(setting: Setting) -> int:
     """Keys and values of a token on the fullest rank that writes."""
     policy = next(model for model in setting.models if model.name == "policy").architecture
-    groups = max(1, policy.num_query_groups // setting.engine.tensor)
-    layers = -(-policy.num_layers // setting.engine.pipeline)
-    return 2 * groups * policy.kv_channels * layers * ITEM_BYTES[setting.compute.dtype]
+    return cached_bytes(policy, setting.engine, setting.compute)
 
 
 def _cut(parallel: ParallelConfig) -> tuple[int, int]:

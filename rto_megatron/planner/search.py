@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig
@@ -245,30 +246,28 @@ def _layouts(model: ModelConfig, gpu: Gpu, *, num_gpus: int, workload: Workload,
     """Those that fit; each with as few context ranks as it needs: one, unless a row by itself is a microbatch."""
     found: list[tuple[int, float, Layout]] = []
     node = min(GPUS_PER_NODE, num_gpus)
-    for engine in (1, 2, 4, 8):
-        for tensor in (1, 2, 4, 8):
-            for pipeline in (1, 2, 4, 8):
-                if engine > node or tensor > node or not _divides(model, engine, tensor, pipeline):
-                    continue
-                for context in CONTEXTS if _window(workload) > Layout.micro_tokens else (1,):
-                    copy = tensor * context * pipeline
-                    if tensor * context > node or copy > num_gpus:
-                        break
-                    layout = Layout(
-                        engine_ranks=node if num_gpus > GPUS_PER_NODE else engine,  # a node's copies side by side
-                        train_ranks=max(copy, node if num_gpus > GPUS_PER_NODE else 1),
-                        engine_tensor=engine,
-                        train_tensor=tensor,
-                        pipeline=pipeline,
-                        context=context,
-                    )
-                    place = colocated(1) if saving.lora_rank else split(1, 1)
-                    trial = Candidate(placement=place, layout=layout, staleness=0, early=False, saving=saving)
-                    _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
-                    if slots >= 1:
-                        alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
-                        found.append((copy, alone, layout))
-                        break
+    for engine, tensor, pipeline in product((1, 2, 4, 8), repeat=3):
+        if engine > node or tensor > node or not _divides(model, engine, tensor, pipeline):
+            continue
+        for context in CONTEXTS if _window(workload) > Layout.micro_tokens else (1,):
+            copy = tensor * context * pipeline
+            if tensor * context > node or copy > num_gpus:
+                break
+            layout = Layout(
+                engine_ranks=node if num_gpus > GPUS_PER_NODE else engine,  # a node's copies side by side
+                train_ranks=max(copy, node if num_gpus > GPUS_PER_NODE else 1),
+                engine_tensor=engine,
+                train_tensor=tensor,
+                pipeline=pipeline,
+                context=context,
+            )
+            place = colocated(1) if saving.lora_rank else split(1, 1)
+            trial = Candidate(placement=place, layout=layout, staleness=0, early=False, saving=saving)
+            _, slots = memory_of(trial, model, gpu, workload, num_gpus=num_gpus)
+            if slots >= 1:
+                alone = decode_seconds(model, gpu, batch=1, context=workload.max_new_tokens / 2, tensor=engine)
+                found.append((copy, alone, layout))
+                break
     fewest = sorted({copy for copy, _, _ in found})[:2]
     kept = sorted((entry for entry in found if entry[0] in fewest), key=lambda entry: entry[:2])
     return [layout for _, _, layout in kept][:12]

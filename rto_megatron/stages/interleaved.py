@@ -49,26 +49,7 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
     players = load_players(config, cast, runtime, moves=moves)
     prompts, dropped, ends = prompts_of(config, players.tokenizer)
     held_out = HeldOut.of_run(config, players.tokenizer, ends)
-
-    def measure(at: Progress) -> dict[str, float]:
-        if not held_out.is_due(at.step):
-            return {}
-        numbers: dict[str, float] = {}
-        if rank() in cast.judges.ranks:
-            policy = players.policy.model if players.policy else players.writer
-            assert policy is not None and players.judges is not None
-            critic = players.critic.model if players.critic else players.old_critic  # at a boundary both are the newest
-            numbers = held_out.measure(
-                at,
-                policy,
-                critic,
-                players.judges,
-                players.tokenizer,
-                players.own_mesh,
-                writes=rank() == cast.judges.ranks.start,
-            )
-        return gather_objects(numbers)[cast.judges.ranks.start]
-
+    measure = partial(_measure, held_out, players, cast)
     trained = {"policy": players.policy} | ({"critic": players.critic} if "critic" in players.parents else {})
     manifest = manifest_of(config, players.parents, digests(prompts, held_out.prompts))
     table = [("schedule", cast.describe()), *size_table(config, len(prompts), cast.policy.num_replicas)]
@@ -105,3 +86,24 @@ def interleave(config: RTORun, runtime: Runtime, own: Checkpoint | None, watchdo
                 clock=trace.clock,
             ).run(schedule)
         links.close()
+
+
+def _measure(held_out: HeldOut, players: Players, cast: Cast, at: Progress) -> dict[str, float]:
+    """`eval/*` where they are due, found out by the ranks that answer held-out prompts and told to all."""
+    if not held_out.is_due(at.step):
+        return {}
+    numbers: dict[str, float] = {}
+    if rank() in cast.judges.ranks:
+        policy = players.policy.model if players.policy else players.writer
+        assert policy is not None and players.judges is not None
+        critic = players.critic.model if players.critic else players.old_critic  # at a boundary both are the newest
+        numbers = held_out.measure(
+            at,
+            policy,
+            critic,
+            players.judges,
+            players.tokenizer,
+            players.own_mesh,
+            writes=rank() == cast.judges.ranks.start,
+        )
+    return gather_objects(numbers)[cast.judges.ranks.start]

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from rto_megatron.config.load import print_options, split_options
-from rto_megatron.config.model import ModelConfig
 from rto_megatron.errors import ConfigError
 from rto_megatron.metrics import Console
 from rto_megatron.planner.search import REUSED, SCORED, Planned, Saving, plan
 from rto_megatron.planner.told import show_bounds, show_memory, show_phases
 from rto_megatron.schedule.limits import longest_chain, resource_bound
-from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS, Gpu, Roles
+from rto_megatron.schedule.rooflines import GPUS, GPUS_PER_NODE, MODELS
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 
@@ -62,30 +61,23 @@ def main(path: Path | None, words: list[str]) -> int:
     options, rest = split_options(Options, words)
     if path is not None or rest:
         raise ConfigError(f"plan takes no YAML file and no settings of a run, got {path or rest[0]}; see plan --help")
-    model, gpu, num_gpus = MODELS[options.model], GPUS[options.gpu], options.nodes * GPUS_PER_NODE
     workload = Workload(prompt_tokens=options.prompt_tokens, max_new_tokens=options.max_new_tokens)
     found = plan(
-        model,
-        gpu,
-        num_gpus=num_gpus,
+        MODELS[options.model],
+        GPUS[options.gpu],
+        num_gpus=options.nodes * GPUS_PER_NODE,
         workload=workload,
         samples=options.samples,
         minibatch=options.minibatch,
         max_staleness=options.max_staleness,
-        roles=_roles(options),
+        roles=REUSED if options.reuse_log_probs else SCORED,
         saving=Saving(lora_rank=options.lora_rank, offload_frozen=options.offload_frozen),
     )
-    _show(Console(), options, found, model, gpu, workload)
+    _show(Console(), options, found, workload)
     return 0
 
 
-def _roles(options: Options) -> Roles:
-    return REUSED if options.reuse_log_probs else SCORED
-
-
-def _show(
-    console: Console, options: Options, found: list[Planned], model: ModelConfig, gpu: Gpu, workload: Workload
-) -> None:
+def _show(console: Console, options: Options, found: list[Planned], workload: Workload) -> None:
     num_gpus, best = options.nodes * GPUS_PER_NODE, found[0]
     lengths = workload.lengths(0, options.samples)
     console.say(
@@ -94,55 +86,49 @@ def _show(
         f"average, {max(lengths)} at most."
     )
     console.say("Rooflines, nothing measured: seconds are good to about a quarter, ratios to about a tenth.\n")
-    columns = [
-        "map",
-        "engine TP",
-        "train TP",
-        "train CP",
-        "train PP",
-        "slots",
-        "seconds",
-        "idle",
-        "overlap",
-        "slower by",
-    ]
-    rows = [
-        (
-            planned.candidate.name,
-            planned.candidate.layout.engine_tensor,
-            planned.candidate.layout.train_tensor,
-            planned.candidate.layout.context,
-            _pipeline(planned),
-            planned.slots,
-            planned.timed.seconds,
-            f"{planned.timed.idle / planned.timed.seconds:.1%}",
-            f"{planned.timed.overlap:.1%}",
-            f"{planned.timed.seconds / best.timed.seconds - 1:.1%}",
-        )
-        for planned in _shown(found, options.shown)
-    ]
-    console.table(f"{options.model} on {num_gpus} {options.gpu}: seconds per step", columns, rows)
+    rows = [_row(planned, best) for planned in _shown(found, options.shown)]
+    title = f"{options.model} on {num_gpus} {options.gpu}: seconds per step"
+    console.table(title, list(rows[0]), [list(row.values()) for row in rows])
     console.say(f"best: {_described(best)}")
     others = [planned for planned in found if planned.candidate.placement.name != best.candidate.placement.name]
     for planned in others[:1]:
-        console.say(
-            f"next best map: {_described(planned)}, {planned.timed.seconds / best.timed.seconds - 1:.0%} slower"
-        )
+        console.say(f"next best map: {_described(planned)}, {_slower(planned, best):.0%} slower")
     console.say("")
     show_phases(console, best.timed)
     show_memory(console, best.memory, gpu=options.gpu)
-    sizes = Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
-    work = resource_bound(model, gpu, workload.known(0, sizes), lengths, num_gpus=num_gpus, roles=_roles(options))
+    cost, sizes = best.cost, Sizes(num_steps=1, samples=options.samples, minibatch=options.minibatch, lanes=1, slots=1)
+    known = workload.known(0, sizes)
+    work = resource_bound(cost.model, cost.gpu, known, lengths, num_gpus=num_gpus, roles=cost.roles)
     alone = longest_chain(
-        best.cost,
+        cost,
         best.candidate.placement,
+        lengths,
         prompt_tokens=workload.prompt_tokens,
-        max_new_tokens=max(lengths),
         minibatch=options.minibatch,
-        mean_tokens=workload.prompt_tokens + sum(lengths) / len(lengths),
         staleness=best.candidate.staleness,
     )
     show_bounds(console, best.timed, work=work, alone=alone)
+
+
+def _row(planned: Planned, best: Planned) -> dict[str, object]:
+    """Of the table, by column."""
+    layout, timed = planned.candidate.layout, planned.timed
+    return {
+        "map": planned.candidate.name,
+        "engine TP": layout.engine_tensor,
+        "train TP": layout.train_tensor,
+        "train CP": layout.context,
+        "train PP": _pipeline(planned),
+        "slots": planned.slots,
+        "seconds": timed.seconds,
+        "idle": f"{timed.idle / timed.seconds:.1%}",
+        "overlap": f"{timed.overlap:.1%}",
+        "slower by": f"{_slower(planned, best):.1%}",
+    }
+
+
+def _slower(planned: Planned, best: Planned) -> float:
+    return planned.timed.seconds / best.timed.seconds - 1
 
 
 def _shown(found: list[Planned], count: int) -> list[Planned]:

@@ -205,10 +205,9 @@ def _show_bounds(
     alone = longest_chain(
         cost,
         cast.placement,
+        lengths,
         prompt_tokens=workload.prompt_tokens,
-        max_new_tokens=max(lengths),
         minibatch=sizes.minibatch,
-        mean_tokens=workload.prompt_tokens + sum(lengths) / len(lengths),
         staleness=config.schedule.staleness,
     )
     show_bounds(console, found, work=work, alone=alone)

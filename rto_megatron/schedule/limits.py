@@ -1,5 +1,7 @@
 """What no schedule can beat: seconds of a step, however its items are ordered."""
 
+from collections.abc import Sequence
+
 from rto_megatron.config.model import ModelConfig
 from rto_megatron.schedule.placement import RoleMap, colocated
 from rto_megatron.schedule.rooflines import (
@@ -66,11 +68,10 @@ def resource_bound(
 def longest_chain(
     cost: Cost,
     placement: RoleMap,
+    lengths: Sequence[int],
     *,
     prompt_tokens: int,
-    max_new_tokens: int,
     minibatch: int,
-    mean_tokens: float,
     staleness: int,
 ) -> float:
     """Seconds of what must follow one another in a step: the longest response, then the last minibatch and new weights.
@@ -78,12 +79,13 @@ def longest_chain(
     With staleness the step's training overlaps with the next responses, and only those and new weights follow.
 
     Args:
-        mean_tokens: of a sample, prompt included.
+        lengths: tokens of a step's responses.
+        prompt_tokens: of every prompt.
     """
-    engine, trainer = placement.engines[0], placement.policy[0]
-    alone = Load(tokens=max_new_tokens)
-    alone.num_steps = max_new_tokens
-    alone.context = max_new_tokens * prompt_tokens + max_new_tokens * (max_new_tokens + 1) // 2
+    engine, trainer, longest = placement.engines[0], placement.policy[0], max(lengths)
+    alone = Load(tokens=longest)
+    alone.num_steps = longest
+    alone.context = longest * prompt_tokens + longest * (longest + 1) // 2
     read = Load([prompt_tokens])
     seconds = cost(_item("prefill", engine), read, engine) + cost(_item("decode", engine), alone, engine)
     if not placement.shares_weights:
@@ -92,8 +94,9 @@ def longest_chain(
     if staleness:
         return seconds
     scorer = placement.scorers[0]
-    seconds += cost(_item("score", scorer), Load([prompt_tokens + max_new_tokens]), scorer)
-    share = Load([round(mean_tokens)] * max(1, minibatch // len(placement.policy)))
+    seconds += cost(_item("score", scorer), Load([prompt_tokens + longest]), scorer)
+    mean = prompt_tokens + sum(lengths) / len(lengths)
+    share = Load([round(mean)] * max(1, minibatch // len(placement.policy)))
     role = "both" if placement.policy == placement.critic else "policy"
     seconds += cost(_item("train", trainer, role), share, trainer)
     together = Item(kind="optimizer", step=0, groups=placement.policy, number=0, role="policy")

@@ -182,9 +182,9 @@ def test_what_follows_one_another_is_never_longer_than_a_step(staleness):
         Sizes(**SIZES | {"num_steps": 5}, lanes=24),
     )
     rows = LARGE.run(cost, sizes, placement, staleness=staleness, early=True)
-    chain = longest_chain(
-        cost, placement, prompt_tokens=205, max_new_tokens=2048, minibatch=128, mean_tokens=1024, staleness=staleness
-    )
+    lengths = LARGE.lengths(0, 1024)
+    assert max(lengths) == 2048
+    chain = longest_chain(cost, placement, lengths, prompt_tokens=205, minibatch=128, staleness=staleness)
     assert 17.1 < chain < seconds_per_step(rows, staleness=staleness)
     assert chain > 0.5 * seconds_per_step(rows, staleness=staleness)
 

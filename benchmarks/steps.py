@@ -320,6 +320,9 @@ def run_python(*words: str, threads: int = CORES) -> None:
 
 def main() -> None:
     """A rank of ours, started by the functions above."""
+    from rto_megatron.distributed.runtime import import_megatron
+
+    import_megatron()  # as a run does, before a stage imports parts of it
     what, *words = sys.argv[1:]
     if what == "inputs":
         make_inputs(Path(words[0]), words[1])

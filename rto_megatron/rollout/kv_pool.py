@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from rto_megatron.distributed.runtime import has_flash_attention
 from rto_megatron.rollout.blocks import BlockTables, blocks_of
@@ -131,6 +130,8 @@ def has_paged_kernel(shape: CacheShape, block_tokens: int) -> bool:
 def _attend_in_place(
     query: Tensor, keys: Tensor, values: Tensor, *, table: Tensor, used: Tensor, starts: Tensor, width: int
 ) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, 30 MB of each rank
+
     out = varlen_attn(
         query.flatten(1, 2),
         keys,

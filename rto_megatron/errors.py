@@ -1,5 +1,9 @@
 """What the user did wrong: `__main__` prints the message alone and exits with code 2; the other exit codes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 USER_ERROR = 2
 NOT_PROVEN = 3
 """Of parity, verify-resume and verify-schedule, where a comparison fails."""
@@ -29,3 +33,13 @@ class CheckpointError(UserError):
 
 class StoppedToContinue(Exception):
     """The cluster asked the run to stop; its state is saved, and the same command goes on with it."""
+
+
+@contextmanager
+def writing(name: str, path: Path) -> Iterator[None]:
+    """Raise ConfigError with the field `name` where the block cannot write: a full disk, a folder of somebody else."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"{name} {path}: cannot be written ({reason}); make room, or set another {name}") from None

@@ -12,7 +12,7 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rto_megatron.errors import UserError
+from rto_megatron.errors import UserError, writing
 from rto_megatron.metric_names import METRICS
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter  # costs a second, and only one rank needs it
 
         path = folder / "metrics.jsonl"
-        with _writing(folder):
+        with writing("run_dir", folder):
             folder.mkdir(parents=True, exist_ok=True)
             _keep_rows_before(path, start)
             self._rows = path.open("a")
@@ -131,7 +131,7 @@ class TensorBoardLog:
             raise ValueError(f"{', '.join(unknown)}: not in METRICS; give it a meaning and a unit in metric_names.py")
         if self._writer is None:
             return
-        with _writing(self._folder):
+        with writing("run_dir", self._folder):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
             self._rows.write(json.dumps({"step": step, **values}) + "\n")
@@ -142,20 +142,9 @@ class TensorBoardLog:
     def close(self) -> None:
         """Close both files; nothing may be written after."""
         if self._writer is not None:
-            with _writing(self._folder):
+            with writing("run_dir", self._folder):
                 self._writer.close()
                 self._rows.close()
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{folder}: the metrics cannot be written ({reason}); make room, or set another run_dir"
-        ) from None
 
 
 def _keep_rows_before(path: Path, start: int) -> None:

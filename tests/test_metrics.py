@@ -214,7 +214,7 @@ def test_ranks_that_are_not_enabled_are_silent(screen):
 
 def test_a_log_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "tensorboard").write_text("a file where the folder should be")
-    with pytest.raises(UserError, match=r"tensorboard: the metrics cannot be written \(File exists\); make room, or"):
+    with pytest.raises(UserError, match=r"run_dir .*tensorboard: cannot be written \(File exists\); make room, or"):
         TensorBoardLog(tmp_path / "tensorboard", enabled=True)
 
 

@@ -10,7 +10,7 @@ from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.runtime import inspect_hardware, is_main
 from rto_megatron.doctor.findings import Report
 from rto_megatron.doctor.machine import Place, check_machine
-from rto_megatron.errors import ConfigError
+from rto_megatron.errors import ConfigError, writing
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import least_ranks
 
@@ -49,7 +49,8 @@ def main(path: Path | None, words: list[str]) -> int:
     report = examine(path, words, options)
     report.show(Console(is_main()))
     if options.json is not None and is_main():
-        _write(options.json, report)
+        with writing("json", options.json):
+            options.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     return report.exit_code
 
 
@@ -86,10 +87,3 @@ def examine(path: Path | None, words: list[str], options: Options) -> Report:
     else:
         found.note("nothing else was checked", why="every other check needs megatron-core")
     return report
-
-
-def _write(path: Path, report: Report) -> None:
-    try:
-        path.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-    except OSError as error:
-        raise ConfigError(f"json {path}: cannot be written ({error.strerror or error}); name another file") from None

@@ -8,7 +8,7 @@ from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.shares import padded_tokens
 from rto_megatron.distributed.checkpoint import open_checkpoint
-from rto_megatron.errors import ConfigError, DataError, UserError
+from rto_megatron.errors import ConfigError, DataError, UserError, writing
 from rto_megatron.metrics import Console
 from rto_megatron.models.footprint import Model
 from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
@@ -24,7 +24,6 @@ from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 from rto_megatron.stages.roles import models_of
 from rto_megatron.stages.rules import roles_of, size_rules
-from rto_megatron.stages.run import writing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rto_megatron.config.load import print_options, split_options
-from rto_megatron.errors import ConfigError
+from rto_megatron.errors import ConfigError, writing
 from rto_megatron.metrics import Console
 
 
@@ -38,8 +38,6 @@ def write_page(out: Path, text: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    try:
+    with writing("out", out):
         out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"out must be a file that can be written, got {out}: {error.strerror or error}") from None
     Console().say(str(out))

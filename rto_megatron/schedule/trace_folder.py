@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rto_megatron.errors import ConfigError, DataError
+from rto_megatron.errors import DataError, writing
 from rto_megatron.schedule.trace import Row, meet, of_leaders, read_rows
 
 
@@ -119,7 +119,7 @@ class TraceFile:
     def __init__(self, path: Path, clock: Callable[[], float]) -> None:
         """Open for appending: a run that goes on adds to what it has written."""
         self.clock, self._path = clock, path
-        with _writing(path):
+        with writing("run_dir", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a", buffering=1)  # by line: a killed run leaves all but the last
 
@@ -129,23 +129,12 @@ class TraceFile:
         Raises:
             ConfigError: the file cannot be written.
         """
-        with _writing(self._path):
+        with writing("run_dir", self._path):
             self._file.write(json.dumps(asdict(row)) + "\n")
 
     def close(self) -> None:
         """Nothing more comes."""
         self._file.close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir {path.parents[1]}: {path.relative_to(path.parents[1])} cannot be written "
-            f"({error.strerror or error}); free the disk, or set another run_dir"
-        ) from None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rto_megatron.config.run import EvaluateRun
 from rto_megatron.data.readers import PromptRow, read_prompts
 from rto_megatron.distributed.mesh import build_mesh
 from rto_megatron.distributed.runtime import Runtime, is_main
+from rto_megatron.errors import writing
 from rto_megatron.metrics import Console, format_number
 from rto_megatron.stages.actors import load_judges
 from rto_megatron.stages.answer_files import alpaca_eval, arena_hard, labels_of
@@ -18,7 +19,7 @@ from rto_megatron.stages.grader import load_grader, win_rate
 from rto_megatron.stages.held_out import Answers, answer
 from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
-from rto_megatron.stages.run import check_writable, json_lines, write_text, writing
+from rto_megatron.stages.run import check_writable, json_lines, write_text
 
 COLUMNS = {
     "policy": "run",

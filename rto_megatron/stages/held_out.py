@@ -19,14 +19,13 @@ from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.rows import gather_rows, share_of
 from rto_megatron.distributed.step import score_all, token_log_probs
-from rto_megatron.errors import DataError
+from rto_megatron.errors import DataError, writing
 from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.rollout.responses import generate
 from rto_megatron.stages.actors import Judges, score_rollout
 from rto_megatron.stages.grader import Grader, load_grader, win_rate
 from rto_megatron.stages.resume import Progress
-from rto_megatron.stages.run import writing
 
 EVALUATION = -1
 """The `step` of the random streams of held-out samples, so that no training step shares them."""

@@ -16,7 +16,7 @@ from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.collectives import broadcast_object
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.runtime import is_main, rank, world_size
-from rto_megatron.errors import ConfigError, UserError
+from rto_megatron.errors import ConfigError, UserError, writing
 from rto_megatron.metrics import Console, TensorBoardLog
 
 LOCK = ".lock"
@@ -56,15 +56,6 @@ class Run:
     folder: Path
     log: TensorBoardLog
     console: Console
-
-
-@contextmanager
-def writing(name: str, path: Path) -> Iterator[None]:
-    """Raise ConfigError with the field `name` where the block cannot write: a full disk, a folder of somebody else."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def check_writable(name: str, path: Path) -> None:

@@ -24,13 +24,12 @@ from rto_megatron.distributed.checkpoint import (
     step_of,
 )
 from rto_megatron.distributed.runtime import start_runtime
-from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError
+from rto_megatron.errors import NOT_PROVEN, ConfigError, UserError, writing
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import cast_of, least_ranks
 from rto_megatron.stages.child_runs import read_words, run_world
 from rto_megatron.stages.resume import TrainingRun
 from rto_megatron.stages.rules import check_run
-from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
 """Largest difference of weights and optimizer state on another layout, as a share of 1 + its size (float32)."""

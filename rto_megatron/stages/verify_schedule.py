@@ -19,14 +19,13 @@ from pathlib import Path
 from rto_megatron.config.run import RTORun
 from rto_megatron.distributed.checkpoint import fingerprint, largest_difference, open_checkpoint
 from rto_megatron.distributed.runtime import start_runtime
-from rto_megatron.errors import NOT_PROVEN, ConfigError
+from rto_megatron.errors import NOT_PROVEN, ConfigError, writing
 from rto_megatron.metrics import Console
 from rto_megatron.schedule.cast import Cast, cast_of, least_ranks
 from rto_megatron.stages.child_runs import read_words, run_world
 from rto_megatron.stages.course import prompts_of
 from rto_megatron.stages.roles import tokenizer_of
 from rto_megatron.stages.rules import check_run
-from rto_megatron.stages.run import writing
 
 OTHER_LAYOUT = 1e-5
 """Largest difference where the critic's own ranks have another layout than the policy's, as a share of 1 + its size."""

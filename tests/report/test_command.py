@@ -86,7 +86,7 @@ def test_a_simulated_trace_must_be_whole(tmp_path, capsys):
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path, capsys):
     two_ranks(tmp_path)
     error = refused(capsys, "timeline", tmp_path, f"--out={tmp_path / 'no' / 'page.html'}")
-    assert "out must be a file that can be written" in error and "No such file or directory" in error
+    assert "page.html: cannot be written (No such file or directory); make room, or set another out" in error
 
 
 def test_help_lists_the_pages(capsys):

@@ -125,7 +125,10 @@ def test_wrong_words_are_refused(tmp_path, capsys):
         ([run, run], f"takes each run once, got {run} twice"),
         ([run, "--metric=score"], "such as eval/score, reward/score_sum; got 'score'"),
         ([run, "--group=["], "group must be a regular expression, got '['"),
-        ([run, f"--out={tmp_path}/no/page.html"], "out must be a file that can be written"),
+        (
+            [run, f"--out={tmp_path}/no/page.html"],
+            f"out {tmp_path}/no/page.html: cannot be written (No such file or directory)",
+        ),
     ):
         assert message in refused(capsys, "curves", *words)
 

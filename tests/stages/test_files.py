@@ -49,9 +49,13 @@ def test_a_run_folder_that_cannot_be_made_stops_every_rank_with_one_message(chai
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "tensorboard").write_text("")
     first, second = run_ranks(message_of_a_run_dir, 2, chain, tmp_path / "file")
-    assert first == second == f"run_dir {tmp_path}/file: cannot be written (File exists)"
+    assert (
+        first
+        == second
+        == f"run_dir {tmp_path}/file: cannot be written (File exists); make room, or set another run_dir"
+    )
     [message] = run_ranks(message_of_a_run_dir, 1, chain, tmp_path / "run")
-    assert message.startswith(f"{tmp_path}/run/tensorboard: the metrics cannot be written (File exists)")
+    assert message.startswith(f"run_dir {tmp_path}/run/tensorboard: cannot be written (File exists); make room")
 
 
 def test_evaluate_looks_for_all_runs_before_the_first_one_answers(chain, tmp_path):

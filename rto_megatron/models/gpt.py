@@ -154,38 +154,56 @@ def build_model(
         check_fp8(compute, mesh.runtime, adapted=lora is not None or local)
         check_fp8_sizes(config, mesh.tensor.size)
     megatron_config = transformer_config(config, mesh, parallel=parallel, compute=compute, fused=fused)
-    num_chunks, chunks = parallel.virtual_stages, []
-    num_layers = config.num_layers // (mesh.pipeline.size * num_chunks)
-    for number in range(num_chunks):
-        chunk = {"policy": PolicyModel, "value": ScalarModel}[kind](
-            megatron_config,
-            _layer_spec(config, lora, fused=fused, num_layers=num_layers),
-            vocab_size=config.padded_vocab_size,
-            max_sequence_length=config.max_length,
-            pre_process=mesh.is_first_stage and number == 0,
-            post_process=mesh.is_last_stage and number == num_chunks - 1,
-            share_embeddings_and_output_weights=config.tie_embeddings and kind == "policy",
-            position_embedding_type="rope",
-            rotary_base=config.rope_theta,
-            pg_collection=mesh.groups,
-            vp_stage=number if num_chunks > 1 else None,
-        )
-        chunk.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
-        if chunk.pre_process:
-            chunk.embedding.register_forward_hook(_plain_strides)
-        if chunk.post_process and not fused and not parallel.sequence:  # which cuts the tokens into equal shares
-            chunk.decoder.layers[-1].ends_model = True
+    chunks = [
+        _build_chunk(number, kind, config, megatron_config, mesh, parallel=parallel, lora=lora, fused=fused)
+        for number in range(parallel.virtual_stages)
+    ]
+    for chunk in chunks:
         chunk.true_vocab, chunk.max_length = config.vocab_size, config.max_length
         if isinstance(chunk, PolicyModel):
             chunk.temperature, chunk.log_prob_chunk, chunk.banned_ids = temperature, compute.log_prob_chunk, banned_ids
-        chunks.append(chunk)
-    model = chunks[0] if num_chunks == 1 else ChunkedModel(chunks)
+    model = chunks[0] if len(chunks) == 1 else ChunkedModel(chunks)
     if seed is not None:
         initialize(model, config, seed=seed)
     if lora is not None:
         for chunk in chunks:
             freeze_base(chunk, recomputes=compute.recompute != "none")
     return model.to(mesh.device)
+
+
+def _build_chunk(
+    number: int,
+    kind: Kind,
+    config: ModelConfig,
+    megatron_config: TransformerConfig,
+    mesh: Mesh,
+    *,
+    parallel: ParallelConfig,
+    lora: LoRAConfig | None,
+    fused: bool,
+) -> Any:
+    """This rank's block `number` of the layers, and what stands before or behind all of them where it is an end."""
+    num_chunks = parallel.virtual_stages
+    num_layers = config.num_layers // (mesh.pipeline.size * num_chunks)
+    chunk = {"policy": PolicyModel, "value": ScalarModel}[kind](
+        megatron_config,
+        _layer_spec(config, lora, fused=fused, num_layers=num_layers),
+        vocab_size=config.padded_vocab_size,
+        max_sequence_length=config.max_length,
+        pre_process=mesh.is_first_stage and number == 0,
+        post_process=mesh.is_last_stage and number == num_chunks - 1,
+        share_embeddings_and_output_weights=config.tie_embeddings and kind == "policy",
+        position_embedding_type="rope",
+        rotary_base=config.rope_theta,
+        pg_collection=mesh.groups,
+        vp_stage=number if num_chunks > 1 else None,
+    )
+    chunk.rotary_pos_emb.inv_freq = rope_frequencies(config).to(mesh.device)
+    if chunk.pre_process:
+        chunk.embedding.register_forward_hook(_plain_strides)
+    if chunk.post_process and not fused and not parallel.sequence:  # which cuts the tokens into equal shares
+        chunk.decoder.layers[-1].ends_model = True
+    return chunk
 
 
 def _plain_strides(_module: Any, _inputs: Any, embeddings: Tensor) -> Tensor:

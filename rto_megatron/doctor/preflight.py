@@ -51,7 +51,7 @@ LEAST_FILES = 4096
 """Open files: sockets to all ranks, checkpoint shards, data."""
 SLOW_SHARE = 0.5
 """A node that sends at less than this share of the median is named."""
-INPUTS = ("start", "policy", "reference", "dpo", "reward_model", "critic", "source")
+INPUTS = ("start", "policy", "reference", "dpo", "reward_model", "critic", "checkpoint", "source")
 """Settings that name a folder which every node reads."""
 
 
@@ -158,7 +158,8 @@ def _digest_of_code() -> str:
 
 def _inputs(config: Any) -> dict[str, str]:
     """What the run reads and what this node sees of it: the newest checkpoint of a run, the size of a file."""
-    found = {str(getattr(config, name)) for name in INPUTS if getattr(config, name, None) is not None}
+    found = {str(getattr(config, name)) for name in INPUTS if isinstance(getattr(config, name, None), Path)}
+    found |= set(map(str, getattr(config, "checkpoints", ())))
     data = [getattr(getattr(config, "data", None), name, None) for name in ("train", "eval")]
     found |= {source for source in (*data, getattr(config, "prompts", None)) if source and source.endswith(".jsonl")}
     return {name: _seen_of(Path(name).expanduser()) for name in sorted(found)}

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from rto_megatron.config.load import load_run
 from rto_megatron.distributed.runtime import Hardware
 from rto_megatron.doctor.findings import Report
-from rto_megatron.doctor.preflight import Node, compare
+from rto_megatron.doctor.preflight import Node, _inputs, compare
 from tests.ranks import run_ranks
 from tests.stages.chain import words_of
 
@@ -74,6 +75,23 @@ def test_fewer_gpus_than_ranks_are_an_error():
     code, found = said(few)
     assert code == 2
     assert found == ["error: each rank needs a GPU of its own, got 8 ranks on a machine with 4"] * 3
+
+
+@pytest.mark.parametrize(
+    ("stage", "words", "inputs"),
+    [
+        ("dpo", ["--start=sft", "--data.train=pairs.jsonl"], {"sft", "pairs.jsonl"}),
+        ("generate", ["--checkpoint=rto", "--prompts=p.jsonl", "--out=o.jsonl"], {"rto", "p.jsonl"}),
+        (
+            "evaluate",
+            ["--checkpoints", "sft", "rto", "--reference=sft", "--reward_model=reward", "--prompts=p.jsonl"],
+            {"sft", "rto", "reward", "p.jsonl"},
+        ),
+    ],
+)
+def test_what_a_stage_reads_is_looked_for_on_each_node(stage, words, inputs):
+    words = words if stage == "generate" else ["--run_dir=run", *words]
+    assert _inputs(load_run(stage, None, words)) == dict.fromkeys(inputs, "missing")
 
 
 def look(words, other):

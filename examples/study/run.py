@@ -199,7 +199,8 @@ class Job:
             record = records.of_start(self.seed, self.settings, self.folder)
         else:
             record = self._method(self.method)
-        records.write(self.study.out / "records", record)
+        if not self.is_known(self.study.records):  # a start is made again where other runs of its seed need its models
+            records.write(self.study.out / "records", record)
 
     def _start(self) -> None:
         """SFT from scratch, pairs from its own answers, the reward model and the DPO policy of these."""

@@ -5,9 +5,10 @@
 `train`: forward, backward and Adam of a policy, rows of 2048 tokens, half of them response, bfloat16 and, where the GPU
 has them, products in 8 bits; FLOPs are those that the mathematics asks for (`throughput.flops`), so computing anything
 again counts nothing. `decode`: tokens for 64 responses at once, after prompts of 512, with steps
-recorded and without; the faster counts; bytes are those of the weights
-once a step and of the keys and values that are attended to. `step`: `benchmarks.trl_ppo` in bfloat16, after its gate in
-float32; left out where TRL is not installed.
+recorded and without, keys and values in slots and in blocks of 256; the fastest counts; bytes are those of the weights
+once a step and of the keys and values that are attended to; beside it Megatron-Core's own dynamic engine
+(`benchmarks.megatron_decode`) with its CUDA graphs and without, or what it lacks here, or how it failed. `step`:
+`benchmarks.trl_ppo` in bfloat16, after its gate in float32; left out where TRL is not installed.
 
 Every part runs in a process of its own. What was found goes, with device and versions, to benchmarks/results/gpu/
 DEVICE.json. Goals, of 1B on one H100: a step at least 3 times as fast as TRL's, 45 % of the peak, 70 % of the
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import steps
+from benchmarks import megatron_decode, steps
 from benchmarks.machine import RESULTS, machine, spread
 from benchmarks.shapes import VOCAB, model_config
 from benchmarks.throughput import flops
@@ -50,6 +51,15 @@ halved."""
 GOALS = {"times_as_fast": 3.0, "share_of_peak": 0.45, "share_of_bandwidth": 0.7}
 """Of 1B on one H100."""
 PARTS = ("train", "decode", "step")
+DECODE = {
+    "decode": {},
+    "decode_recorded": {"recorded": True},
+    "decode_blocks": {"kv_block_tokens": 256},
+    "decode_blocks_recorded": {"kv_block_tokens": 256, "recorded": True},
+}
+"""Ways of our engine -> its options."""
+MEGATRON = {"megatron_decode": False, "megatron_decode_graphs": True}
+"""Ways of Megatron's -> whether it has CUDA graphs."""
 SIZES = {
     False: {"rows": 16, "length": 2048, "micro": 8, "slots": 64, "prompt": 512, "new": 128, "mean": 128, "repeat": 10},
     True: {"rows": 4, "length": 64, "micro": 2, "slots": 4, "prompt": 16, "new": 8, "mean": 12, "repeat": 2},
@@ -102,8 +112,12 @@ def training(name: str, sizes: dict[str, int], fp8: str) -> dict[str, Any]:
     return found | {"layers": _layers(mesh, compute), "peak_bytes": peak_bytes()}
 
 
-def decoding(name: str, sizes: dict[str, int], recorded: bool) -> dict[str, Any]:
-    """Seconds and bytes of decode steps of a full batch."""
+def decoding(name: str, sizes: dict[str, int], **options: Any) -> dict[str, Any]:
+    """Seconds and bytes of decode steps of a full batch.
+
+    Args:
+        options: of the engine.
+    """
     from rto_megatron.config.parallel import ComputeConfig, ParallelConfig
     from rto_megatron.distributed.mesh import build_mesh
     from rto_megatron.distributed.runtime import start_runtime, wait_for_device
@@ -125,18 +139,20 @@ def decoding(name: str, sizes: dict[str, int], recorded: bool) -> dict[str, Any]
         )
         for uid in range(sizes["slots"])
     ]
-    engine = RolloutEngine(model, max_slots=len(requests), max_length=longest, eos_ids=(), recorded=recorded)
+    engine = RolloutEngine(model, max_slots=len(requests), max_length=longest, eos_ids=(), **options)
     batch = engine.batch(requests)
     start = time.perf_counter()
     batch.admit(requests)
     wait_for_device()
     prefill, seconds, attended = time.perf_counter() - start, [], []
+    cache_bytes = 0
     while batch.num_live:
         before, start = batch.num_attended, time.perf_counter()
         batch.decode()
         wait_for_device()
         seconds.append(time.perf_counter() - start)
         attended.append(batch.num_attended - before)
+        cache_bytes = batch.cache_bytes
     weights = sum(parameter.nbytes for parameter in model.parameters())  # tied: the output layer is the embedding
     a_token = 2 * config.num_layers * config.num_query_groups * config.kv_channels * compute_bytes(compute)
     warm = len(seconds) // 4
@@ -147,6 +163,7 @@ def decoding(name: str, sizes: dict[str, int], recorded: bool) -> dict[str, Any]
         "prefill_seconds": prefill,
         "tokens_per_second": len(requests) / took["median"],
         "bytes_per_second": spread(rates)["median"],
+        "cache_bytes": cache_bytes,
     }
 
 
@@ -204,8 +221,10 @@ def judge(found: dict[str, Any], model: str) -> dict[str, Any]:
     if peak and "train" in found:
         shares["share_of_peak"] = found["train"]["flops"] / peak[0]
     if peak and "decode" in found:
-        ways = (found["decode"], found["decode_recorded"])
-        shares["share_of_bandwidth"] = max(way["bytes_per_second"] for way in ways) / peak[1]
+        shares["share_of_bandwidth"] = max(found[way]["bytes_per_second"] for way in DECODE) / peak[1]
+    theirs = [found[way]["tokens_per_second"] for way in MEGATRON if "tokens_per_second" in found.get(way, {})]
+    if theirs:
+        shares["decode_over_megatron"] = max(found[way]["tokens_per_second"] for way in DECODE) / max(theirs)
     if found.get("step"):
         shares["times_as_fast"] = found["step"]["times_as_fast"]
     counts = model == "1B" and "1 x " in found["machine"]["device"] and "H100" in found["machine"]["device"]
@@ -221,6 +240,28 @@ def run_part(part: str, model: str, sizes: dict[str, int], fp8: str = "none") ->
         return json.load(out)
 
 
+def be_part(part: str, model: str, sizes: dict[str, int], fp8: str) -> dict[str, Any]:
+    """What the process of a part finds."""
+    if part in DECODE:
+        return decoding(model, sizes, **DECODE[part])
+    if part in MEGATRON:
+        return megatron_decode.measure(model, sizes, graphs=MEGATRON[part])
+    return training(model, sizes, fp8)
+
+
+def beside_megatron(model: str, sizes: dict[str, int]) -> dict[str, Any]:
+    """Its engine's numbers, or why there are none: nothing of ours depends on them."""
+    if lacks := megatron_decode.missing():
+        return {way: {"missing": lacks} for way in MEGATRON}
+    found: dict[str, Any] = {}
+    for way in MEGATRON:
+        try:
+            found[way] = run_part(way, model, sizes)
+        except SystemExit as error:
+            found[way] = {"failed": str(error)[-2000:]}
+    return found
+
+
 def main() -> None:
     """All parts, the goals, and the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,8 +274,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.part:
         sizes = json.loads(options.sizes)
-        made = None if options.part == "train" else decoding(options.model, sizes, options.part == "recorded")
-        options.out.write_text(json.dumps(made or training(options.model, sizes, options.fp8)))
+        options.out.write_text(json.dumps(be_part(options.part, options.model, sizes, options.fp8)))
         return
     print(json.dumps(measure(options.model, options.parts, small=options.small, out=options.out), indent=1))
 
@@ -252,7 +292,7 @@ def measure(model: str, parts: Sequence[str], *, small: bool, out: Path | None) 
         if (hardware.capability or (0, 0)) >= (8, 9) and find_spec("transformer_engine"):
             found["train_fp8"] = run_part("train", model, sizes, "hybrid")
     if "decode" in parts:
-        found["decode"], found["decode_recorded"] = (run_part(part, model, sizes) for part in ("decode", "recorded"))
+        found |= {way: run_part(way, model, sizes) for way in DECODE} | beside_megatron(model, sizes)
     if "step" in parts:
         found["step"] = beside_trl(model, sizes) if find_spec("trl") else None  # None: TRL is not installed
     found |= judge(found, model) | {"load_average_after": os.getloadavg()}

@@ -79,7 +79,7 @@ class Pool:
         self._write(layer, places, key, value)
         keys, values = self._keys[layer], self._values[layer]
         if self.reads_in_place:
-            return _attend_in_place(query, keys, values, table=table, used=used, starts=starts, width=self._width)
+            return attend_in_place(query, keys, values, table=table, used=used, starts=starts, width=self._width)
         return attend_masked(
             query, self._gather(keys, table, self._width), self._gather(values, table, self._width), bias
         )
@@ -127,9 +127,10 @@ def has_paged_kernel(shape: CacheShape, block_tokens: int) -> bool:
     return fits and has_flash_attention(shape.device, shape.dtype)
 
 
-def _attend_in_place(
+def attend_in_place(
     query: Tensor, keys: Tensor, values: Tensor, *, table: Tensor, used: Tensor, starts: Tensor, width: int
 ) -> Tensor:
+    """As `attend_masked`, from whole pools; see `Pool` for the plan. `width`: places of the row that has most."""
     from torch.nn.attention.varlen import varlen_attn  # imports torch's compiler, 30 MB of each rank
 
     out = varlen_attn(

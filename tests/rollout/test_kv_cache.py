@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from rto_megatron.rollout.blocks import blocks_of
 from rto_megatron.rollout.kv_cache import KVCache
-from rto_megatron.rollout.kv_pool import Pool
+from rto_megatron.rollout.kv_pool import Pool, attend_in_place
 from rto_megatron.rollout.kv_store import CacheShape
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -154,6 +154,16 @@ def test_a_pool_takes_the_memory_that_is_written_and_a_slot_that_which_may_be():
     a_token = 2 * 2 * KV_HEADS * DIM * 4  # layers, keys and values, float32
     assert slots.store.num_bytes == 4 * 16 * a_token
     assert pool.store.num_bytes == (2 + 1) * 2 * a_token  # two blocks for 3 tokens, and nobody's
+
+
+def test_torchs_kernel_takes_blocks_as_they_lie():
+    """On no device, so that it holds for the call alone: its numbers are compared on a GPU, in tests/gpu."""
+    with torch.device("meta"):
+        half = {"dtype": torch.bfloat16}
+        query, pool = torch.empty(3, KV_HEADS, 2, DIM, **half), torch.empty(5, 256, KV_HEADS, DIM, **half)
+        table, used, starts = (torch.empty(size, dtype=torch.int32) for size in ((3, 2), (3,), (4,)))
+        out = attend_in_place(query, pool, pool, table=table, used=used, starts=starts, width=300)
+    assert out.shape == (3, KV_HEADS * 2 * DIM)
 
 
 def test_rows_are_rotated_by_the_angles_of_their_positions():

@@ -6,8 +6,9 @@
 ranks of one thread, TRL as one process of two threads, with the rollout batch that is fastest of those tried. Adam of
 policy and critic with the same constants, no clipping of gradients, as TRL has none. Our weights are converted for TRL
 by our `convert`. TRL runs unmodified for PPO; RTO's token rewards are added by a subclass (`rto_trainer` below). Ours
-takes decoding's log-probs as pi_old behind its guard, where TRL asks its policy anew; `--ours` alone does so too. In
-`equal` all responses have one length, in `drawn` log-normal ones; both sides write the same number of tokens.
+takes decoding's log-probs as pi_old behind its guard, where TRL asks its policy anew, and does not cut its optimizers'
+state over ranks; `--ours` alone takes our defaults. In `equal` all responses have one length, in `drawn` log-normal
+ones; both sides write the same number of tokens.
 
 Before anything is timed, TRL's own first step at equal lengths is compared with ours on the tokens that TRL wrote:
 log-probs, values, rewards, advantages and the first gradient norms within 1e-4, else exit code 3. At drawn lengths TRL
@@ -33,7 +34,12 @@ MEAN_TOKENS = {"1M": 64, "8M": 24, "32M": 16}
 """Of a response, by model: so that a step of the larger ones takes seconds too."""
 CELLS = {"1M": ("ppo", "rto"), "8M": ("rto",)}
 """What is measured unless told otherwise."""
-OURS = ["--rollout.reuse_log_probs=true"]
+OURS = [
+    "--rollout.reuse_log_probs=true",
+    # gradients of two ranks summed in one call: cutting Adam's state of a small model costs more than it spares
+    "--optimizer.distributed=false",
+    "--critic_optimizer.distributed=false",
+]
 """Settings of ours beside the task's; told in the results. The gate does without: there TRL has written the tokens."""
 RESULT = RESULTS / "trl_ppo.json"
 ROLLOUT_ROWS = (16, 32, 64)
@@ -259,7 +265,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="times A B B A for each")
     parser.add_argument("--inputs", type=Path, help="a folder that keeps the models for another start")
     words = {"nargs": "*", "default": OURS, "metavar": "--section.field=value"}
-    parser.add_argument("--ours", **words, help="settings of ours in place of log-probs that are reused")
+    parser.add_argument("--ours", **words, help="settings of ours in place of those that OURS says")
     parser.add_argument("--gate-only", action="store_true", help="compare, and time nothing")
     parser.add_argument("--side", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -16,24 +16,16 @@ from rto_megatron.config.run import DPORun
 from rto_megatron.data.collate import collate_preferences
 from rto_megatron.data.readers import PreferenceRow, read_preferences
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, log_probs_and_kl, token_log_probs
 from rto_megatron.models.gpt import PolicyModel
-from rto_megatron.stages.resume import (
-    Checkpoints,
-    check_unchanged,
-    digests,
-    is_finished,
-    listening_for_stop,
-    own_checkpoint,
-)
-from rto_megatron.stages.roles import base_of, bases_of, load_role, tokenizer_of
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, is_finished, listening_for_stop, own_checkpoint
+from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
+from rto_megatron.stages.supervised import Task, fit, manifest_of, read_rows, score_rows, size_table
 
 ScoredRow = tuple[PreferenceRow, Tensor]
 """A pair and the reference's log-prob of its chosen and its rejected response, [2] nats."""
@@ -49,18 +41,10 @@ def run(config: DPORun, runtime: Runtime) -> None:
     model, parent = load_role(config.start, "policy", mesh, **cut, frozen=False, lora=config.lora, seed=config.seed)
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("policy")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
-    steps = num_steps(len(rows), config)
-    manifest = Manifest(
-        stage="dpo",
-        step=steps,
-        models={"policy": architecture},
-        tokenizer=parent.manifest.tokenizer,
-        parents={"reference": parent.id},
-        bases=bases_of(("policy", base_of(parent, "policy", config.lora, config.run_dir))),
-        data=digests(rows, held_out),
-    )
+    parents = {"reference": parent}
+    manifest = manifest_of("dpo", "policy", config, architecture, tokenizer, rows, held_out, parents)
     check_unchanged(own, manifest)
-    if is_finished(own, steps):
+    if is_finished(own, manifest.step):
         return
 
     sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
@@ -70,7 +54,7 @@ def run(config: DPORun, runtime: Runtime) -> None:
         scored = with_reference(model, rows, config, tokenizer, mesh)
         scored_held_out = with_reference(model, held_out, config, tokenizer, mesh)
         policy = make_trainable("policy", model, config.optimizer, mesh)
-        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, steps)
+        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, manifest.step)
         reference = None
         if config.dpo.reads_distributions:
             reference, _ = load_role(config.start, "policy", mesh, **cut, frozen=True)

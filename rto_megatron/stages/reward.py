@@ -18,18 +18,11 @@ from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, head_outputs_at_end
 from rto_megatron.models.heads import ScalarModel
-from rto_megatron.stages.resume import (
-    Checkpoints,
-    check_unchanged,
-    digests,
-    is_finished,
-    listening_for_stop,
-    own_checkpoint,
-)
-from rto_megatron.stages.roles import base_of, bases_of, load_role, tokenizer_of
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, is_finished, listening_for_stop, own_checkpoint
+from rto_megatron.stages.roles import load_role, tokenizer_of
 from rto_megatron.stages.rules import check_run
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, score_rows, size_table
+from rto_megatron.stages.supervised import Task, fit, manifest_of, read_rows, score_rows, size_table
 
 
 @listening_for_stop()
@@ -50,18 +43,10 @@ def run(config: RewardRun, runtime: Runtime) -> None:
     )
     tokenizer, architecture = tokenizer_of(parent), parent.manifest.architecture_for("value")
     rows, held_out, about_rows = read_rows(read_preferences, config, tokenizer)
-    steps = num_steps(len(rows), config)
-    manifest = Manifest(
-        stage="reward",
-        step=steps,
-        models={"value": architecture},
-        tokenizer=parent.manifest.tokenizer,
-        parents={"start": parent.id},
-        bases=bases_of(("value", base_of(parent, "value", config.lora, config.run_dir))),
-        data=digests(rows, held_out),
-    )
+    parents = {"start": parent}
+    manifest = manifest_of("reward", "value", config, architecture, tokenizer, rows, held_out, parents)
     check_unchanged(own, manifest)
-    if is_finished(own, steps):
+    if is_finished(own, manifest.step):
         return
 
     sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
@@ -74,7 +59,7 @@ def run(config: RewardRun, runtime: Runtime) -> None:
             running.console.say(f"scores: mean {mean:.4g}, std {std:.4g}")
             return replace(manifest, score_mean=mean, score_std=std)
 
-        checkpoints = Checkpoints(config, {"value": trainable}, with_moments, tokenizer, steps)
+        checkpoints = Checkpoints(config, {"value": trainable}, with_moments, tokenizer, manifest.step)
         task = make_task(config, tokenizer, mesh)
         fit(trainable, task, rows, held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 

@@ -13,25 +13,18 @@ from rto_megatron.config.run import SFTRun
 from rto_megatron.data.collate import collate_sft
 from rto_megatron.data.readers import read_sft
 from rto_megatron.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from rto_megatron.distributed.checkpoint import Checkpoint, Manifest
+from rto_megatron.distributed.checkpoint import Checkpoint
 from rto_megatron.distributed.mesh import Mesh, build_mesh
 from rto_megatron.distributed.optimizer import make_trainable
 from rto_megatron.distributed.runtime import Runtime
 from rto_megatron.distributed.step import Loss, token_log_probs
 from rto_megatron.errors import ConfigError
 from rto_megatron.models.gpt import PolicyModel, build_model
-from rto_megatron.stages.resume import (
-    Checkpoints,
-    check_unchanged,
-    digests,
-    is_finished,
-    listening_for_stop,
-    own_checkpoint,
-)
-from rto_megatron.stages.roles import base_of, bases_of, load_role, never_sampled, tokenizer_of
+from rto_megatron.stages.resume import Checkpoints, check_unchanged, is_finished, listening_for_stop, own_checkpoint
+from rto_megatron.stages.roles import load_role, never_sampled, tokenizer_of
 from rto_megatron.stages.rules import architecture_rules, check_run
 from rto_megatron.stages.run import open_run
-from rto_megatron.stages.supervised import Task, fit, num_steps, read_rows, size_table
+from rto_megatron.stages.supervised import Task, fit, manifest_of, read_rows, size_table
 
 
 @listening_for_stop()
@@ -42,25 +35,17 @@ def run(config: SFTRun, runtime: Runtime) -> None:
     own = own_checkpoint(config, "sft")
     model, tokenizer, architecture, parent = _start(config, mesh)
     rows, held_out, about_rows = read_rows(read_sft, config, tokenizer)
-    steps = num_steps(len(rows), config)
-    manifest = Manifest(
-        stage="sft",
-        step=steps,
-        models={"policy": architecture},
-        tokenizer=tokenizer.digest(),
-        parents={"start": parent.id} if parent else {},
-        bases=bases_of(("policy", base_of(parent, "policy", config.lora, config.run_dir) if parent else None)),
-        data=digests(rows, held_out),
-    )
+    parents = {"start": parent} if parent else {}
+    manifest = manifest_of("sft", "policy", config, architecture, tokenizer, rows, held_out, parents)
     check_unchanged(own, manifest)
-    if is_finished(own, steps):
+    if is_finished(own, manifest.step):
         return
 
     sizes = size_table(config, len(rows), len(held_out), mesh.data.size)
     with open_run(config, "sft", mesh, sizes, own=own) as running:
         running.console.say(about_rows)
         policy = make_trainable("policy", model, config.optimizer, mesh)
-        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, steps)
+        checkpoints = Checkpoints(config, {"policy": policy}, lambda: manifest, tokenizer, manifest.step)
         task = make_task(tokenizer, mesh)
         fit(policy, task, rows, held_out, config, mesh, running, checkpoints=checkpoints, own=own)
 

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from rto_megatron.config.model import ModelConfig
 from rto_megatron.config.run import ConvertRun, DPORun, RewardRun, SFTRun
 from rto_megatron.data.readers import Dropped
 from rto_megatron.data.sampler import batch_rows
 from rto_megatron.data.shares import deal, imbalance
 from rto_megatron.data.tokenizer import Tokenizer
-from rto_megatron.distributed.checkpoint import Checkpoint
+from rto_megatron.distributed.checkpoint import Checkpoint, Manifest
 from rto_megatron.distributed.collectives import gather_over_data
 from rto_megatron.distributed.mesh import Mesh
 from rto_megatron.distributed.optimizer import Trainable
@@ -21,8 +22,10 @@ from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.distributed.step import Forward, Loss, score, train_step
 from rto_megatron.distributed.watchdog import Watchdog
 from rto_megatron.errors import DataError
+from rto_megatron.models.gpt import Kind
 from rto_megatron.schedule.pace import Seen, save_seconds
-from rto_megatron.stages.resume import Checkpoints, Progress
+from rto_megatron.stages.resume import Checkpoints, Progress, digests
+from rto_megatron.stages.roles import base_of, bases_of
 from rto_megatron.stages.run import Clock, Run
 from rto_megatron.stages.update import learning_rate
 
@@ -82,6 +85,33 @@ def num_steps(num_rows: int, config: SupervisedRun) -> int:
         )
     steps = config.train.num_epochs * num_rows // config.train.batch_size
     return min(steps, config.train.max_steps or steps)
+
+
+def manifest_of(
+    stage: str,
+    kind: Kind,
+    config: SupervisedRun,
+    architecture: ModelConfig,
+    tokenizer: Tokenizer,
+    rows: Sequence[Any],
+    held_out: Sequence[Any],
+    parents: Mapping[str, Checkpoint],
+) -> Manifest:
+    """What the checkpoints of a run say of themselves.
+
+    Args:
+        parents: the run that it starts from, if any, by the name under which it is recorded.
+    """
+    starts = [base_of(parent, kind, config.lora, config.run_dir) for parent in parents.values()]
+    return Manifest(
+        stage=stage,
+        step=num_steps(len(rows), config),
+        models={kind: architecture},
+        tokenizer=tokenizer.digest(),
+        parents={name: parent.id for name, parent in parents.items()},
+        bases=bases_of(*((kind, base) for base in starts)),
+        data=digests(rows, held_out),
+    )
 
 
 def size_table(config: SupervisedRun, num_rows: int, num_eval_rows: int, num_data: int) -> list[tuple[str, object]]:

@@ -54,7 +54,7 @@ def write(folder: Path, record: Record) -> None:
     path = folder / f"seed-{record.seed}" / f"{record.run}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(asdict(record)), encoding="utf-8")
+    beside.write_text(json.dumps(_rounded(asdict(record))), encoding="utf-8")
     beside.rename(path)
 
 
@@ -96,6 +96,7 @@ def of_samples(seed: int, run: str, settings: Sequence[str], run_dir: Path) -> R
 
 
 def _rounded(record: dict) -> dict:
+    """As it is kept everywhere, so that a page comes out the same from own runs and from those that were told."""
     numbers = {name: [round(value, 5) for value in values] for name, values in record["numbers"].items()}
     return record | {"numbers": numbers}
 

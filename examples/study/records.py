@@ -6,8 +6,10 @@ runs that its page is about: a study that is told of them (`--known`) does not d
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+
+from rto_megatron.errors import DataError
 
 NUMBERS = {"gold": "eval/grade", "kl": "eval/kl", "score": "eval/score", "win_rate": "eval/grade_win_rate",
            "length": "eval/response_length"}  # fmt: skip
@@ -42,11 +44,36 @@ Records = dict[tuple[int, str], Record]
 
 
 def read(folder: Path, known: Path | None = None) -> Records:
-    """The records of a study, and those it was told of, which give way to its own."""
-    told = known.read_text(encoding="utf-8").splitlines() if known else []
-    own = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("seed-*/**/*.json"))]
-    found = [Record(**json.loads(text)) for text in (*told, *own)]
+    """The records of a study, and those it was told of, which give way to its own.
+
+    Raises:
+        DataError: a file cannot be read, or what it holds is no record.
+    """
+    told = enumerate(_text(known).splitlines(), 1) if known else ()
+    own = [(str(path), _text(path)) for path in sorted(folder.glob("seed-*/**/*.json"))]
+    found = [_record(text, where) for where, text in (*((f"{known}:{line}", text) for line, text in told), *own)]
     return {record.key: record for record in found}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: must be a file of records, but cannot be read ({error})") from None
+
+
+def _record(text: str, where: str) -> Record:
+    try:
+        record = Record(**json.loads(text))
+        if not (isinstance(record.seed, int) and isinstance(record.run, str) and isinstance(record.numbers, dict)):
+            raise TypeError
+        return record
+    except (TypeError, ValueError):
+        names = ", ".join(field.name for field in fields(Record))
+        raise DataError(
+            f"{where}: must be the record of a run, a JSON object with {names}, got {text[:60]!r}; `runs.jsonl` beside "
+            "a study's page has such lines"
+        ) from None
 
 
 def write(folder: Path, record: Record) -> None:

@@ -55,7 +55,7 @@ def collect(study: Study) -> dict:
     have, seeds, task = study.records, study.seeds, study.task
     found: dict[str, dict] = {}
     for method in study.methods:
-        runs = [have[seed, method.name] for seed in seeds]
+        runs = [study.known(have, seed, method.name) for seed in seeds]
         entry: dict = {"title": method.title, "samples": bool(runs[0].steps)}
         entry["chosen"] = list(method.settings()[study.choose(method)])
         entry["tried"] = []
@@ -67,7 +67,7 @@ def collect(study: Study) -> dict:
             entry["steps"] = runs[0].steps
             entry["return"] = [run.numbers["return"] for run in runs]
         found[method.name] = entry
-    starts = [have[seed, "start"].numbers for seed in seeds]
+    starts = [study.known(have, seed, "start").numbers for seed in seeds]
     start = {name: [numbers[name][0] for numbers in starts] for name in starts[0]}
     sampled = next((entry for entry in found.values() if entry["samples"]), None)
     if sampled is not None:

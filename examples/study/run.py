@@ -23,6 +23,7 @@ from examples.study.methods import Method
 from examples.study.records import Record, Records
 from examples.study.sentiment import DATA
 from examples.study.tasks import TASKS, Task, label_pairs
+from rto_megatron.errors import USER_ERROR, ConfigError, UserError
 
 TUNING_SEEDS = (1001, 1002, 1003)
 """Of the starts on which grids are tried; no result is of them."""
@@ -45,14 +46,18 @@ def main(words: list[str]) -> int:
     parser.add_argument("--phase", choices=["start", "tune", "test", "report"], help="only this one")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
-    task, out = TASKS[options.task](), options.out
+    try:
+        return _run(options, words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _run(options: argparse.Namespace, words: list[str]) -> int:
     if options.data:
         os.environ[DATA] = str(options.data.absolute())
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    chosen = [method for method in task.methods if not options.methods or method.name in options.methods]
-    by_name = {method.name: method for method in task.methods}
-    pinned = [by_name[name].pinned(int(point)) for name, _, point in (spec.partition(":") for spec in options.also)]
-    study = Study(task, out, seeds, [*chosen, *pinned], known=options.known, point=options.point)
+    study = _study(options)
+    task, out = study.task, study.out
     phases: dict[str, Callable[[], list[Job]]] = {"start": study.starts, "tune": study.tuning, "test": study.tests}
     if options.worker is not None:
         from rto_megatron.distributed.children import end_with
@@ -65,8 +70,8 @@ def main(words: list[str]) -> int:
     for phase in phases if options.phase is None else [options.phase]:
         if phase != "report" and any(map(study.is_due, phases[phase]())):
             task.get_base(out)
-            if not _in_parallel(words, phase, options.workers):
-                return 1
+            if code := _in_parallel(words, phase, options.workers):
+                return code
     if options.phase in (None, "report"):
         from examples.study.report import write_report
 
@@ -74,13 +79,58 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _in_parallel(words: list[str], phase: str, workers: int) -> bool:
-    """All jobs of a phase, each worker every so-manieth; whether all went well."""
+def _study(options: argparse.Namespace) -> "Study":
+    """What was asked for.
+
+    Raises:
+        UserError: there is no such method or point, or a number, a folder or a file is not what it must be.
+    """
+    for name in ("seeds", "workers"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name} must be 1 or more, got {getattr(options, name)}")
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    if tuned := [seed for seed in TUNING_SEEDS if seed in seeds]:
+        raise ConfigError(f"--first-seed and --seeds must leave out {tuned[0]}, on which grids are tried; take others")
+    if options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out must be a folder, or not there yet, got the file {options.out}; name another one")
+    task = TASKS[options.task]()
+    by_name = {method.name: method for method in task.methods}
+    chosen = [_named(name, by_name, "--methods") for name in options.methods or by_name]
+    if options.point is not None:
+        for method in chosen:
+            _check_point(options.point, method, "--point")
+    pinned = []
+    for words in dict.fromkeys(options.also):
+        name, _, point = words.partition(":")
+        method = _named(name, by_name, "--also")
+        if not point.isdecimal():
+            raise ConfigError(f"--also must be METHOD:POINT, as {name}:0, got {words}")
+        _check_point(int(point), method, "--also")
+        pinned.append(method.pinned(int(point)))
+    study = Study(task, options.out, seeds, [*chosen, *pinned], known=options.known, point=options.point)
+    _ = study.records  # now rather than after the first runs
+    return study
+
+
+def _named(name: str, by_name: dict[str, Method], option: str) -> Method:
+    if name not in by_name:
+        raise ConfigError(f"{option} must name methods of this study, {', '.join(by_name)}, got {name}")
+    return by_name[name]
+
+
+def _check_point(point: int, method: Method, option: str) -> None:
+    points = len(method.settings())
+    if not 0 <= point < points:
+        raise ConfigError(f"{option} must be a point of the grid of {method.name}, 0 to {points - 1}, got {point}")
+
+
+def _in_parallel(words: list[str], phase: str, workers: int) -> int:
+    """All jobs of a phase, each worker every so-manieth; 0 where all went well, else the exit code."""
     command = [sys.executable, "-m", "examples.study.run", *words, f"--phase={phase}", f"--workers={workers}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([*command, f"--worker={number}"], env=environment) for number in range(workers)]
     codes = [process.wait() for process in started]
-    return not any(codes)
+    return USER_ERROR if USER_ERROR in codes else int(any(codes))
 
 
 class Study:
@@ -148,9 +198,22 @@ class Study:
         """[point][tuning seed] gold on the validation prompts."""
         have = self.records
         return [
-            [have[seed, f"tune/{method.name}-{point}"].final_gold for seed in TUNING_SEEDS]
+            [self.known(have, seed, f"tune/{method.name}-{point}").final_gold for seed in TUNING_SEEDS]
             for point in range(len(method.settings()))
         ]
+
+    def known(self, have: Records, seed: int, run: str) -> Record:
+        """A record that must be there.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        if (seed, run) not in have:
+            raise ConfigError(
+                f"{self.out}: has no record of seed {seed} of {run}, which this phase needs; leave --phase out, and "
+                "what is missing is run first"
+            )
+        return have[seed, run]
 
     def has_grid(self, method: Method) -> bool:
         """Whether its grid is tried."""
@@ -182,11 +245,11 @@ class Job:
         """Whether its record is there.
 
         Raises:
-            SystemExit: there is one, of other settings.
+            ConfigError: there is one, of other settings.
         """
         found: Record | None = have.get((self.seed, self.name))
         if found is not None and found.settings != self.settings:
-            raise SystemExit(
+            raise ConfigError(
                 f"{self.study.out}: seed {self.seed} of {self.name} was run with {' '.join(found.settings)}, now it is "
                 f"{' '.join(self.settings)}; take another --out, or another --known"
             )
@@ -264,7 +327,7 @@ def stage(name: str, words: list[str], run_dir: Path) -> None:
     done, said = run_dir / "done", json.dumps([name, *words])
     if done.exists():
         if done.read_text() != said:
-            raise SystemExit(f"{run_dir}: was run with other settings than now; remove it, or take another --out")
+            raise ConfigError(f"{run_dir}: was run with other settings than now; remove it, or take another --out")
         return
     run_stage(name, words)
     done.write_text(said)

@@ -15,9 +15,12 @@ from functools import cache
 from pathlib import Path
 
 from examples.study.bigrams import write_rows
+from rto_megatron.errors import ConfigError
 
 DATA = "STUDY_DATA"
 """Environment variable with the folder: a grader is a function that is named, and takes no settings."""
+PROMPTS = {split: f"imdb_prompts_{split}.jsonl" for split in ("train", "eval")}
+SCORER = "gold_unigram_lr.json"
 CLIP = 4.0
 NOISE = 1.0
 """A pair's label is drawn with log-odds of the lead in gold over this."""
@@ -41,13 +44,13 @@ def words_of(text: str) -> list[str]:
 
 @cache
 def _scorer(folder: str) -> tuple[float, dict[str, float]]:
-    scorer = json.loads((Path(folder) / "gold_unigram_lr.json").read_text(encoding="utf-8"))
+    scorer = json.loads((Path(folder) / SCORER).read_text(encoding="utf-8"))
     return scorer["bias"], scorer["weights"]
 
 
 def prepare(folder: Path, seed: int) -> None:
     """Rows of a seed: other reviews for SFT, pairs and training; the same validation and test prompts for all."""
-    train, held_out = (_rows(f"imdb_prompts_{split}.jsonl") for split in ("train", "eval"))
+    train, held_out = map(_rows, PROMPTS.values())
     random.Random(f"reviews {seed}").shuffle(train)
     random.Random("held out").shuffle(held_out)
     write_rows(folder / "sft.jsonl", [{"prompt": r["prompt"], "response": r["reference"]} for r in train[:SFT]])
@@ -60,7 +63,18 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def get_base(out: Path) -> None:
-    """SmolLM2 as a run folder, OUT/base."""
+    """SmolLM2 as a run folder, OUT/base.
+
+    Raises:
+        ConfigError: the study's data are not there.
+    """
+    folder = Path(os.environ.get(DATA, ""))
+    missing = [name for name in (*PROMPTS.values(), SCORER) if DATA not in os.environ or not (folder / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"--data must be a folder with {', '.join((*PROMPTS.values(), SCORER))}, got "
+            f"{f'{folder} without {missing[0]}' if DATA in os.environ else 'none'}; sentiment.py says what is in them"
+        )
     if (out / "base" / "checkpoints" / "latest.txt").exists():
         return
     get = [sys.executable, "tools/get_smollm2.py", "--out", str(out / "hf")]

@@ -11,10 +11,11 @@ from examples.study import bigrams, sentiment
 from examples.study.figures import Line, draw, ticks
 from examples.study.records import Record, read, write, write_all
 from examples.study.report import collapsed, contrasts, page, summarise
-from examples.study.run import Study
+from examples.study.run import Study, main
 from examples.study.statistics import band, band_of, first_reach
 from examples.study.tasks import TASKS, label_pairs
 from rto_megatron.config.load import load_run
+from rto_megatron.errors import ConfigError
 
 
 def test_a_tenth_of_the_bigrams_pays_and_a_tenth_costs():
@@ -218,8 +219,42 @@ def test_a_study_that_is_told_of_runs_does_only_the_others(tmp_path):
     assert [job.seed for job in study.starts() if study.is_due(job)] == [11]
     assert [job.seed for job in study.tests() if study.is_due(job)] == [11]
     other = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", point=1)
-    with pytest.raises(SystemExit, match=r"seed 10 of ppo was run with --rto\.dpo_coef=0"):
+    with pytest.raises(ConfigError, match=r"seed 10 of ppo was run with --rto\.dpo_coef=0"):
         other.is_due(other.tests()[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--methods", "nosuch"], "--methods must name methods of this study, dpo, rdpo"),
+        (["--point=4"], "--point must be a point of the grid of dpo, 0 to 3, got 4"),
+        (["--also", "rto"], "--also must be METHOD:POINT, as rto:0, got rto"),
+        (["--also", "rto:7"], "--also must be a point of the grid of rto, 0 to 3, got 7"),
+        (["--seeds=0"], "--seeds must be 1 or more, got 0"),
+        (["--first-seed=1000"], "must leave out 1001, on which grids are tried"),
+        (["--known={here}/none"], "none: must be a file of records, but cannot be read"),
+        (["--known={here}/file"], "file:1: must be the record of a run, a JSON object with seed, run, settings"),
+        (["--out={here}/file"], "--out must be a folder, or not there yet, got the file"),
+        (["--phase=report", "--point=0"], "has no record of seed 10 of dpo, which this phase needs"),
+        (["--phase=test", "--methods", "rto"], "has no record of seed 1001 of tune/rto-0, which this phase needs"),
+    ],
+)
+def test_a_study_refuses_wrong_words_before_it_writes(words, message, tmp_path, capsys):
+    (tmp_path / "file").write_text('{"seed": 1}\n')
+    given = [word.format(here=tmp_path) for word in words]
+    assert main(["bigrams", f"--out={tmp_path}/new", *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_study_of_reviews_says_which_of_its_data_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(sentiment.DATA, raising=False)
+    assert main(["sentiment", f"--out={tmp_path}/new"]) == 2
+    assert "gold_unigram_lr.json, got none; sentiment.py says what" in capsys.readouterr().err
+    monkeypatch.setenv(sentiment.DATA, "")  # put back afterwards: --data sets it
+    assert main(["sentiment", f"--out={tmp_path}/new", f"--data={tmp_path}"]) == 2
+    assert f"got {tmp_path} without imdb_prompts_train.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 def test_ticks_are_round_numbers_within_the_range():

@@ -1,5 +1,6 @@
 """`python -m rto_megatron simulate RUN.yaml`: a config's steps on its own map, timed by a trace or by rooflines."""
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -7,8 +8,8 @@ from typing import Literal
 from rto_megatron.config.load import load_run, print_options, split_options
 from rto_megatron.config.run import RTORun
 from rto_megatron.data.shares import padded_tokens
-from rto_megatron.distributed.checkpoint import open_checkpoint
-from rto_megatron.errors import ConfigError, DataError, UserError, writing
+from rto_megatron.distributed.checkpoint import Checkpoint, open_checkpoint
+from rto_megatron.errors import CheckpointError, ConfigError, DataError, UserError, writing
 from rto_megatron.metrics import Console
 from rto_megatron.models.footprint import Model
 from rto_megatron.planner.memory import Setting, by_phase, cache_bytes_of_a_token, ranks_of
@@ -23,7 +24,7 @@ from rto_megatron.schedule.trace_folder import read_last_start
 from rto_megatron.schedule.work import Sizes
 from rto_megatron.schedule.workload import Workload
 from rto_megatron.stages.roles import models_of
-from rto_megatron.stages.rules import roles_of, size_rules
+from rto_megatron.stages.rules import role_rules, roles_of, size_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,8 @@ def main(path: Path | None, words: list[str]) -> int:
         raise ConfigError(
             f"steps must be {fewest - 1} or more or null, got {options.steps}: the rate leaves out what only begins"
         )
+    for rule in role_rules(config, _opened(config, options)):
+        rule.check()
     workload = _workload(config, options)
     measured, notes = _measured(options.costs) if options.costs else ([], [])
     fitted = Fitted(measured) if measured else None
@@ -143,6 +146,15 @@ def _rooflines(config: RTORun, options: Options, cast: Cast, workload: Workload,
         filled=1.0,
     )
     return Roofline(model, GPUS[options.gpu], cast.placement, layout, roles=roles)
+
+
+def _opened(config: RTORun, options: Options) -> dict[str, Checkpoint]:
+    """What the roles start from; with a trace it may not be there."""
+    opened = {}
+    for role in roles_of(config):
+        with contextlib.nullcontext() if options.costs is None else contextlib.suppress(CheckpointError):
+            opened[role.name] = open_checkpoint(role.path)
+    return opened
 
 
 def _models(config: RTORun) -> list[Model]:

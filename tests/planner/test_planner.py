@@ -289,6 +289,18 @@ def test_simulate_times_a_config_with_rooflines_of_its_model(chain, capsys):
     check_told(printed, seconds=seconds)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--parallel.pipeline=2", "--parallel.virtual_stages=3"], "must divide model.num_layers 4, got 2 x 3"),
+        (["--rollout.max_new_tokens=9999"], "must be at most the 64 tokens that the reference"),
+    ],
+)
+def test_simulate_refuses_what_the_run_would_refuse_for_its_models(words, message, chain, capsys):
+    assert main(["simulate", *words_of("rto", chain), *words, "--ranks=4"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_simulate_asks_the_policy_about_checked_rows_only_where_log_probs_are_reused(chain, capsys):
     def score(*words):
         assert main(["simulate", *words_of("rto", chain), *words]) == 0
@@ -416,7 +428,7 @@ def test_bytes_of_new_weights_are_those_of_who_received_them():
         (["--ranks=0"], "ranks must be 1 or more or null, got 0"),
         (["--steps=1"], "steps must be 2 or more or null, got 1"),
         (["--costs=nothing.jsonl"], "nothing.jsonl: a trace must be a readable file of JSON lines"),
-        ([], "nothing"),
+        ([], "runs/sft: there is no such run folder"),
     ],
 )
 def test_simulate_refuses_what_it_cannot_run(words, message, run_yaml, capsys):

@@ -218,6 +218,12 @@ class RolloutConfig:
                 f"rollout.kv_block_tokens must be 0 or more, got {self.kv_block_tokens}; 0 gives each sequence a slot "
                 "of its own"
             )
+        if self.kv_block_tokens > max(self.longest, 256):  # which torch's kernel wants, however short sequences are
+            raise ValueError(
+                f"rollout.kv_block_tokens must be at most rollout.max_prompt_tokens + rollout.max_new_tokens, "
+                f"{self.longest}, or 256, got {self.kv_block_tokens}: no sequence would fill a block; lower it, or 0 "
+                "gives each sequence a slot of its own"
+            )
         if self.kv_blocks is not None:
             self._check_blocks(self.kv_blocks)
         if self.temperature < 0:

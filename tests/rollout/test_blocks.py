@@ -83,6 +83,9 @@ def test_a_pool_that_cannot_hold_one_sequence_is_refused_with_the_size_that_can(
         config(kv_blocks=9)
     with pytest.raises(ValueError, match=r"rollout\.kv_block_tokens must be 0 or more, got -1"):
         config(kv_block_tokens=-1)
+    config(kv_block_tokens=256)
+    with pytest.raises(ValueError, match=r"kv_block_tokens must be at most .*, 50, or 256, got 257: no sequence would"):
+        config(kv_block_tokens=257)
 
 
 def test_the_memory_that_is_foretold_follows_the_setting():

@@ -4,6 +4,7 @@ Where a name is torch's and everybody's, its stand-in is either for a call that 
 Megatron alone: other code in the process keeps torch as it knows it.
 """
 
+import contextlib
 import functools
 import os
 import pickle
@@ -137,9 +138,15 @@ class WritersReports:
     def put(self, report: Any) -> None:
         # where the file ends, not where it was left off: that position is shared with the rank that reads
         words, end = pickle.dumps(report), os.fstat(self._file.fileno()).st_size
-        if os.pwrite(self._file.fileno(), words, end) < len(words):
+        written = 0
+        with contextlib.suppress(OSError):
+            written = os.pwrite(self._file.fileno(), words, end)
+        if written < len(words):
             os.ftruncate(self._file.fileno(), end)
-            raise OSError("no room for the report of a checkpoint's writer in the folder of temporary files")
+            raise OSError(
+                f"no room for the report of a checkpoint's writer in the folder of temporary files, "
+                f"{tempfile.gettempdir()}; make room, or set TMPDIR to another one"
+            )
 
     def get_nowait(self) -> Any:
         if self.empty():

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,8 @@ class _UnderWay:
     requests: list[Any]
     """Megatron's, in the order in which their files are written."""
     writer: BaseProcess
+    said: Connection
+    """Where it says why it could not write."""
 
 
 class Saver:
@@ -134,11 +137,14 @@ class Saver:
             requests += [
                 _plan(_shared_state(trainable), draft / f"{role}_optimizer") for role, trainable in trained.items()
             ]
+            said, say = multiprocessing.Pipe(duplex=False)
+            held = [_on_host(request) for request in requests]
             writer = multiprocessing.get_context("fork").Process(
-                target=_write, args=(requests, [_on_host(request) for request in requests], draft, rank(), os.getpid())
+                target=_write, args=(requests, held, draft, rank(), os.getpid(), say)
             )
             writer.start()
-        self._under_way = _UnderWay(manifest, draft, is_best, started, requests, writer)
+            say.close()
+        self._under_way = _UnderWay(manifest, draft, is_best, started, requests, writer, said)
         if not self.config.background:
             self.wait()
 
@@ -155,7 +161,9 @@ class Saver:
         with _all_or_none(done.draft):
             done.writer.join()
             if done.writer.exitcode:
-                raise OSError(f"the process that writes its files ended with exit code {done.writer.exitcode}")
+                why = _last_words(done.said)
+                raise OSError(f"the process that writes its files ended with exit code {done.writer.exitcode}{why}")
+            done.said.close()
             if is_main():
                 (done.draft / RESERVE).unlink()
         with _all_or_none(done.draft):
@@ -242,16 +250,34 @@ def _on_host(request: Any) -> list[Any]:
     return arguments
 
 
-def _write(requests: list[Any], arguments: list[list[Any]], draft: Path, rank: int, parent: int) -> None:
-    """Write this rank's files and, when all are on disk, their hashes; runs in a process of its own."""
+def _write(
+    requests: list[Any], arguments: list[list[Any]], draft: Path, rank: int, parent: int, say: Connection
+) -> None:
+    """Write this rank's files and, when all are on disk, their hashes; runs in a process of its own.
+
+    Raises:
+        SystemExit: it could not; the reason is told to the rank.
+    """
     gc.disable()  # collecting what the parent had on a GPU would ask CUDA, which does not survive a fork
     belong_to(parent)
     die_of_a_killed_child()
-    for request, held in zip(requests, arguments, strict=True):
-        if request.async_fn is not None:  # nothing of it is this rank's
-            request.async_fn(*held, **request.async_fn_kwargs)
-    files = {str(path.relative_to(draft)): file_hash(path) for path in draft.glob(f"*/__{rank}_*.distcp")}
-    (draft / f"{HASHES}{rank}").write_text(json.dumps(files))
+    try:
+        for request, held in zip(requests, arguments, strict=True):
+            if request.async_fn is not None:  # nothing of it is this rank's
+                request.async_fn(*held, **request.async_fn_kwargs)
+        files = {str(path.relative_to(draft)): file_hash(path) for path in draft.glob(f"*/__{rank}_*.distcp")}
+        (draft / f"{HASHES}{rank}").write_text(json.dumps(files))
+    except OSError as error:
+        say.send(str(error))
+        raise SystemExit(1) from None
+
+
+def _last_words(said: Connection) -> str:
+    """What a writer that has ended said, to be put after its exit code; empty where it was killed."""
+    with said, contextlib.suppress(EOFError):
+        if said.poll():
+            return f": {said.recv()}"
+    return ""
 
 
 def _complete(draft: Path) -> int:
@@ -291,7 +317,7 @@ def _all_or_none(draft: Path) -> Iterator[None]:
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" )")]
         reason = f"rank {rank()}: {type(error).__name__}: {lines[-1] if lines else 'without a message'}"
         with contextlib.suppress(OSError):  # torch does not say that the disk is full
-            reason += f"; {shutil.disk_usage(draft.parent).free >> 20} MiB are free there"
+            reason += f"; {shutil.disk_usage(draft.parent).free >> 20} MiB are free for checkpoints"
     reasons = [r for r in gather_objects(reason) if r]
     if reasons:
         _forget_reports()

@@ -171,7 +171,7 @@ def test_a_failed_save_says_so_on_every_rank_and_loses_nothing(chain, tmp_path):
     for message in run_ranks(fail_to_save, 2, chain, run):
         assert "could not be written, the one before is untouched" in message
         assert "(rank 0: RuntimeError: OSError: No space left on device; " in message
-        assert "MiB are free there" in message and "\n" not in message
+        assert "MiB are free for checkpoints" in message and "\n" not in message
     assert json.loads((folder / "integrity.json").read_text()) == before
     assert sorted(p.name for p in folder.parent.iterdir()) == ["latest.txt", folder.name]
     run_ranks(load, 1, run, "policy", {})

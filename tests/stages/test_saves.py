@@ -1,5 +1,6 @@
 """What a run keeps of itself: which checkpoints, on which layout they load, and what damage and full disks leave."""
 
+import errno
 import json
 import os
 import re
@@ -234,7 +235,7 @@ def test_where_files_cannot_grow_the_last_good_one_stays(reserve, background, ch
     said = run_ranks(save_with_little_room, 2, chain, settings, reserve)
     for message in said:
         assert "the checkpoint could not be written, the one before is untouched (rank" in message
-        assert "MiB are free there" in message
+        assert "MiB are free for checkpoints" in message
     assert newest(tmp_path / "rto").name in ("step_00000001", "step_00000002")
     assert not list((tmp_path / "rto" / "checkpoints").glob("*.tmp"))
     run_ranks(train, 2, "rto", chain, settings)
@@ -277,6 +278,23 @@ def test_a_killed_writer_is_noticed(below, chain, tmp_path):
     assert f"OSError: the process that writes its files ended with exit code {code}" in said
     assert newest(tmp_path / "rto").name == "step_00000001"
     assert not list((tmp_path / "rto" / "checkpoints").glob("*.tmp"))
+
+
+def save_without_temporary_files(chain, settings):
+    """A run in which the folder of temporary files is full; what the user is told."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.pwrite = full
+    return what_it_says("sft", chain, settings)
+
+
+def test_a_full_folder_of_temporary_files_is_told_by_its_name(chain, tmp_path):
+    said = run_ranks(save_without_temporary_files, 1, chain, [f"--run_dir={tmp_path}/sft"])[0]
+    assert "ended with exit code 1: no room for the report of a checkpoint's writer in the folder of temp" in said
+    assert "or set TMPDIR to another one" in said
+    assert not list((tmp_path / "sft" / "checkpoints").iterdir())
 
 
 def draw_nothing(chain, settings):

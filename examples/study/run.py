@@ -91,8 +91,11 @@ def _study(options: argparse.Namespace) -> "Study":
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     if tuned := [seed for seed in TUNING_SEEDS if seed in seeds]:
         raise ConfigError(f"--first-seed and --seeds must leave out {tuned[0]}, on which grids are tried; take others")
-    if options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out must be a folder, or not there yet, got the file {options.out}; name another one")
+    there = next(path for path in (options.out, *options.out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(
+            f"--out {options.out} must be a folder, or not there yet, but {there} is a file; name another"
+        )
     task = TASKS[options.task]()
     by_name = {method.name: method for method in task.methods}
     chosen = [_named(name, by_name, "--methods") for name in options.methods or by_name]

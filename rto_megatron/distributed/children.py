@@ -16,12 +16,15 @@ LAUNCHER = "RTO_MEGATRON_LAUNCHER"
 def belong_to(parent: int) -> None:
     """Tie this process to the rank `parent` that forked it: it takes no orders to stop but from it, and ends with it.
 
-    Linux ends it with a rank that is killed before it can say goodbye; elsewhere it goes on to the end of its work.
+    Linux ends it with a rank that is killed before it can say goodbye, and all that is forked below with it, which
+    would wait for ever for a lock that it held. Elsewhere it goes on to the end of its work.
     """
     # a cluster signals every process of a job, and the rank may want to save before it stops
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     end_with(parent)
+    forks: list[int] = []  # who does, at any depth: the child asks after the one that it comes from
+    os.register_at_fork(before=lambda: forks.append(os.getpid()), after_in_child=lambda: end_with(forks[-1]))
 
 
 def end_with(parent: int) -> None:

@@ -21,13 +21,14 @@ def fork_a_child_and_wait(ready):
 
 def be_a_child(parent, ready):
     belong_to(parent)
+    multiprocessing.get_context("fork").Process(target=signal.pause).start()
     os.write(ready, b"x")
     while True:
         signal.pause()
 
 
 def holders_after_a_kill():
-    """Kill a process that has forked; what then comes out of a pipe that all its children hold open."""
+    """Kill a process whose child has a child; what then comes out of a pipe that both of these hold open."""
     reader, writer = os.pipe()
     process = multiprocessing.get_context("fork").Process(target=fork_a_child_and_wait, args=(writer,))
     process.start()

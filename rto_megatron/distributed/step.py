@@ -15,7 +15,7 @@ from rto_megatron.distributed.chunks import model_chunks
 from rto_megatron.distributed.collectives import from_last_stage, sum_in_rank_order
 from rto_megatron.distributed.context import column_multiple
 from rto_megatron.distributed.mesh import Mesh
-from rto_megatron.distributed.microbatches import Batch, Microbatch, cut_rows, make_microbatches
+from rto_megatron.distributed.microbatches import Batch, Microbatch, PackedRows, cut_rows, make_microbatches
 from rto_megatron.distributed.offload import HostWeights
 from rto_megatron.distributed.optimizer import Trainable
 from rto_megatron.distributed.stream import Part, run_stream
@@ -72,22 +72,18 @@ def log_probs_and_kl(reference: Any) -> Forward:
     return Forward(ask, depth=(3,))
 
 
-head_outputs = Forward(
-    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.packed_seq_params),
-    depth=(),
-)
+def _head(packed: Callable[[Microbatch], PackedRows | None]) -> Forward:
+    """A scalar head asked about the tokens that `packed` of a microbatch says."""
+    return Forward(
+        lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=packed(micro)), depth=()
+    )
+
+
+head_outputs = _head(lambda micro: micro.packed_seq_params)
 """A scalar head's outputs, [B, T]; column t is read after token t."""
-
-
-head_outputs_before_response = Forward(
-    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.predicting), depth=()
-)
+head_outputs_before_response = _head(lambda micro: micro.predicting)
 """`head_outputs` that response tokens follow on; the others may be 0."""
-
-
-head_outputs_at_end = Forward(
-    lambda model, micro: model(micro.tokens, micro.position_ids, None, packed_seq_params=micro.ending), depth=()
-)
+head_outputs_at_end = _head(lambda micro: micro.ending)
 """`head_outputs` of the last token of each row; the others may be 0."""
 
 

@@ -157,7 +157,7 @@ class RolloutEngine:
             return
         batch = self.batch(waiting)
         while waiting or batch.num_live:
-            new = self._admitted(waiting, batch.most_tokens)
+            new = self._admitted(waiting, batch.most_tokens) if waiting else []
             yield from batch.admit(new) if new else batch.decode()
 
     def _check(self, request: Request) -> None:

@@ -111,6 +111,8 @@ class Lane:
         return closed
 
     def _admitted(self) -> tuple[int, ...]:
+        if not self._waiting:
+            return ()
         sizes = self._sizes
         live, first = (
             [self._prompts[sample] + sizes.new_tokens for sample in samples]

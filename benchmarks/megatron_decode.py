@@ -18,6 +18,7 @@ from packaging.version import Version
 from benchmarks.machine import spread
 from benchmarks.shapes import VOCAB, model_config
 from rto_megatron.distributed.runtime import prepare_imports
+from rto_megatron.rollout.blocks import blocks_of
 
 BLOCK = 256
 """Tokens of a block of its cache: its default."""
@@ -101,7 +102,7 @@ def make_engine(name: str, sizes: dict[str, int], *, graphs: bool) -> Any:
     slots, longest = sizes["slots"], sizes["prompt"] + sizes["new"] + 1
     model = make_model(name, longest=longest, graphs=graphs)
     config = model.config
-    blocks = slots * -(-longest // BLOCK) + 2
+    blocks = slots * blocks_of(longest, BLOCK) + 2
     block_bytes = BLOCK * 2 * config.num_layers * config.num_query_groups * config.kv_channels * 2
     context = DynamicInferenceContext(
         params_dtype=torch.bfloat16,

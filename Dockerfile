@@ -21,7 +21,7 @@ COPY constraints.txt .
 RUN pip install ${TORCH} \
  && { grep -v '^torch==' constraints.txt; pip freeze | grep '^torch=='; } > /opt/constraints.txt \
  && pip install -c /opt/constraints.txt setuptools wheel ninja packaging pybind11
-RUN pip install --no-build-isolation "transformer-engine[${TE_EXTRAS}]"
+RUN pip install --no-build-isolation -c /opt/constraints.txt "transformer-engine[${TE_EXTRAS}]"
 RUN if [ -n "${APEX_REF}" ]; then \
       git clone --filter=blob:none https://github.com/NVIDIA/apex /tmp/apex \
       && git -C /tmp/apex checkout "${APEX_REF}" \

@@ -5,6 +5,9 @@ PYTHON ?= python3
 # What is installed as torch. Without a GPU driver the pin takes a CPU build where pip's index offers one; for a chosen
 # CUDA build: make venv TORCH="torch==2.13.0 --index-url URL_OF_THE_BUILD"
 TORCH ?= torch==2.13.0
+# What `make gpu-check` installs beside it; empty leaves Transformer Engine out. Where no wheel of it fits this torch and
+# Python it is compiled, which takes g++ and Python's headers.
+TE ?= transformer-engine[pytorch]
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -83,6 +86,16 @@ bench-more: $(VENV)/.bench ## one setting at a time; cost against tokens, size a
 	$(PY) -m benchmarks.event_loop
 	$(PY) -m benchmarks.schedule_maps
 
-gpu-check: $(VENV)/.dev ## what needs an NVIDIA GPU: tests/gpu, then a step, training and decoding measured (goals in the file)
-	$(PY) -m pytest -m gpu tests/gpu -rs
-	$(PY) -m benchmarks.gpu_step
+# Its setup asks which torch is there, so it must see the one of this environment.
+$(VENV)/.gpu: $(VENV)/.dev
+	@$(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make gpu-check needs an NVIDIA GPU that torch can use, and $$($(PY) -c 'import torch; print(torch.__version__)') sees none: look at nvidia-smi, or name a CUDA build with TORCH=... and a fresh VENV=..."; exit 1; }
+	$(PIP) install --quiet -c $(VENV)/constraints.txt setuptools wheel ninja packaging pybind11
+	$(if $(TE),$(PIP) install --no-build-isolation -c $(VENV)/constraints.txt '$(TE)' || { \
+	  echo "Transformer Engine could not be installed; 'make gpu-check TE=' goes on without its layers and 8 bits"; exit 1; })
+	@touch $@
+
+# Both parts, whatever the first one finds. Third parties' warnings are shown, as nobody has seen those of a GPU yet.
+gpu-check: $(VENV)/.gpu $(VENV)/.bench ## what needs an NVIDIA GPU: tests/gpu, then a step, training and decoding measured (goals in the file)
+	$(PY) -m pytest -m gpu tests/gpu -rs -W default; tests=$$?; \
+	  $(PY) -m benchmarks.gpu_step && exit $$tests

@@ -51,6 +51,7 @@ QUIET_WARNINGS = (
     ("`load_state_dict` is deprecated", "Megatron reads checkpoints through torch's older function"),
     ("MLP requires ffn_hidden_size, but it was not provided", "Megatron takes it from the config, as it should"),
     ("Please use DTensor instead", "Megatron writes checkpoints with torch's older class"),
+    ("Using deprecated internal API from Transformer Engine", "Megatron takes names from where older ones have them"),
 )
 """(start of a third party's warning, why a user need not read it)."""
 
@@ -352,7 +353,10 @@ def fp8_problem(
             f"{capability[0]}.{capability[1]}"
         )
     if not has_transformer_engine:
-        return "needs Transformer Engine, which is not installed; pip install 'rto_megatron[gpu]'"
+        return (
+            "needs Transformer Engine, which is not installed; pip install --no-build-isolation "
+            "'transformer-engine[pytorch]'"
+        )
     if adapted:
         return "needs Transformer Engine's layers, and adapters (lora, critic_lora) take Megatron's own"
     return None

@@ -136,7 +136,7 @@ def _check_fused(found: Section) -> None:
         found.warning(
             "there are GPUs, but neither Transformer Engine nor NVIDIA's apex",
             why="layers are then Megatron's local ones and Adam is torch's, which are slower",
-            way_out="pip install 'rto_megatron[gpu]'",
+            way_out="pip install --no-build-isolation 'transformer-engine[pytorch]'",
         )
 
 

@@ -24,7 +24,7 @@ def needs(num_gpus=1, *, engine=False, capability=(0, 0), apex=False):
     elif (engine or apex or capability > (0, 0)) and ON_CPU:
         reason = "needs an NVIDIA GPU, and runs on a CPU"
     elif engine and find_spec("transformer_engine") is None:
-        reason = "needs Transformer Engine: pip install 'rto_megatron[gpu]'"
+        reason = "needs Transformer Engine: pip install --no-build-isolation 'transformer-engine[pytorch]'"
     elif capability > (0, 0) and torch.cuda.get_device_capability() < capability:
         reason = f"needs compute capability {capability}, found {torch.cuda.get_device_capability()}"
     elif apex and find_spec("fused_weight_gradient_mlp_cuda") is None:

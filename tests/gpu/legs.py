@@ -7,7 +7,6 @@ Transformer Engine, on the same machine. All of it comes back as CPU tensors.
 import functools
 import os
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -23,15 +22,9 @@ ROWS, LR = 8, 1e-3
 def hidden(leg, *args):
     """A leg on the CPU, whatever this machine has."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    for name in ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda"):
+    for name in ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda"):
         sys.modules[name] = None  # type: ignore[assignment]  # for find_spec and import: not installed
     return leg(*args)
-
-
-def show_warnings():
-    """Of third parties on a GPU, which nobody has seen yet, rather than raise them; ours are raised on a CPU."""
-    if torch.cuda.is_available():
-        warnings.simplefilter("default")
 
 
 def batch_on(device):
@@ -80,7 +73,6 @@ def train(parallel=None, compute=None, optimizer=None, *, packed=True, local=Fal
     from rto_megatron.distributed.step import head_outputs, score, token_log_probs, train_step
     from rto_megatron.models.gpt import build_model
 
-    show_warnings()
     layout, arithmetic = ParallelConfig(**parallel or {}), ComputeConfig(**compute or {})
     runtime = start_runtime(threads=1, deterministic=arithmetic.deterministic)
     mesh = build_mesh(layout, runtime, seed=0)
@@ -138,7 +130,6 @@ def write(parallel=None, compute=None, *, temperature=0.0, new_tokens=24, **opti
     from rto_megatron.models.gpt import build_model
     from rto_megatron.rollout.engine import Request, RolloutEngine
 
-    show_warnings()
     layout, arithmetic = ParallelConfig(**parallel or {}), ComputeConfig(**compute or {})
     mesh = build_mesh(layout, start_runtime(threads=1, deterministic=arithmetic.deterministic), seed=0)
     model = build_model(ModelConfig(**SHAPE), mesh, kind="policy", parallel=layout, compute=arithmetic, seed=3)

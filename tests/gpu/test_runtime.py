@@ -8,7 +8,6 @@ from rto_megatron.distributed.collectives import barrier, gather_objects
 from rto_megatron.distributed.runtime import Recording, start_runtime
 from tests.distributed.tiny import tiny_trainer
 from tests.gpu.device import TIMEOUT, needs
-from tests.gpu.legs import show_warnings
 from tests.ranks import run_ranks
 
 pytestmark = [*needs(), pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -17,7 +16,6 @@ LOSSES_ON_CPU = [3.4733598, 3.4553959]
 
 
 def train_on_gpu():
-    show_warnings()
     runtime = start_runtime(threads=1)
     trainer = tiny_trainer()
     barrier()
@@ -36,7 +34,6 @@ def test_megatron_runs_unpatched_and_trains_as_on_cpu():
 
 
 def record():
-    show_warnings()
     device = start_runtime(threads=1).device
     held = torch.tensor([1.0, 2.0], device=device)
     recording = Recording(lambda: held * 2, device)

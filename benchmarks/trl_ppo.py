@@ -8,7 +8,8 @@ policy and critic with the same constants, no clipping of gradients, as TRL has 
 by our `convert`. TRL runs unmodified for PPO; RTO's token rewards are added by a subclass (`rto_trainer` below). Ours
 takes decoding's log-probs as pi_old behind its guard, where TRL asks its policy anew, and does not cut its optimizers'
 state over ranks; `--ours` alone takes our defaults. In `equal` all responses have one length, in `drawn` log-normal
-ones; both sides write the same number of tokens.
+ones; both sides write the same number of tokens. `products alone` is the time that the step's matrix products would take
+at the peak of both cores: no step of these numbers, whoever takes it, can be shorter.
 
 Before anything is timed, TRL's own first step at equal lengths is compared with ours on the tokens that TRL wrote:
 log-probs, values, rewards, advantages and the first gradient norms within 1e-4, else exit code 3. At drawn lengths TRL
@@ -28,6 +29,7 @@ from typing import Any
 
 from benchmarks import steps
 from benchmarks.machine import RESULTS, machine, peak_bytes, resident_bytes, save, save_table
+from benchmarks.shapes import model_config
 from benchmarks.steps import Task
 
 MEAN_TOKENS = {"1M": 64, "8M": 24, "32M": 16}
@@ -320,6 +322,27 @@ def try_rows(folder: Path, model: str) -> dict[str, float]:
     return {rows: each[-1]["step_seconds"] for rows, each in run_trl(task, ROLLOUT_ROWS)["parts"].items()}
 
 
+def least_seconds(task: Task, lengths: Sequence[int]) -> float:
+    """That the matrix products of a step take where all cores run at the peak of a square one, whoever takes the step.
+
+    Decoding and the updates are counted as `throughput.flops` counts them, log-probs of the policy that wrote not at
+    all: ours keeps them.
+    """
+    import torch
+
+    from benchmarks.throughput import flops, peak
+
+    config, products = model_config(task.model), 0.0
+    frozen = 1 + (task.algorithm == "rto")  # the reference, and DPO's policy
+    for prompt, response in zip(task.prompts, lengths, strict=True):
+        length = len(prompt) + response
+        policy, value = (flops(config, kind, 1, length, response) for kind in ("policy", "value"))
+        score = flops(config, "value", 1, length, 1)
+        products += policy + frozen * policy + value + score + 3 * (policy + value)
+    torch.set_num_threads(1)
+    return products / (steps.CORES * peak())
+
+
 def measure(
     folder: Path, model: str, algorithm: str, rows: dict[str, float], apart: dict[str, float], options: Any
 ) -> list[dict[str, Any]]:
@@ -334,6 +357,7 @@ def measure(
         cell |= {"parity": apart, "our_settings": options.ours}
         cell |= {side: each["parts"][kind] | {"memory": each["memory"]} for side, each in sides.items()}
         cell |= {"trl_rollout_rows_tried": rows, "trl_rollout_rows": best}
+        cell["least_seconds"] = least_seconds(task, lengths)
         cell["times_as_fast"] = cell["trl"]["step_seconds"]["median"] / cell["ours"]["step_seconds"]["median"]
         found.append(cell)
         print(row(cell), flush=True)
@@ -341,9 +365,9 @@ def measure(
 
 
 HEADER = (
-    "| model | step | lengths | tokens written | ours, s (range) | TRL, s (range) | TRL / ours "
+    "| model | step | lengths | tokens written | ours, s (range) | TRL, s (range) | TRL / ours | products alone, s "
     "| ours, peak MB (above imports) | TRL, peak MB (above imports) |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -353,7 +377,7 @@ def row(cell: dict[str, Any]) -> str:
     memory = [cell[side]["memory"] for side in ("ours", "trl")]
     words = [cell["model"], cell["algorithm"].upper(), cell["lengths"], str(cell["tokens"])]
     words += [f"{s['median']:.2f} ({s['min']:.2f} - {s['max']:.2f})" for s in seconds]
-    words += [f"{cell['times_as_fast']:.2f}"]
+    words += [f"{cell['times_as_fast']:.2f}", f"{cell['least_seconds']:.2f}" if "least_seconds" in cell else ""]
     words += [f"{m['peak'] / 1e6:.0f} ({(m['peak'] - m['imported']) / 1e6:.0f})" for m in memory]
     return "| " + " | ".join(words) + " |"
 

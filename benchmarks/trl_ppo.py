@@ -8,8 +8,8 @@ policy and critic with the same constants, no clipping of gradients, as TRL has 
 by our `convert`. TRL runs unmodified for PPO; RTO's token rewards are added by a subclass (`rto_trainer` below). Ours
 takes decoding's log-probs as pi_old behind its guard, where TRL asks its policy anew, and does not cut its optimizers'
 state over ranks; `--ours` alone takes our defaults. In `equal` all responses have one length, in `drawn` log-normal
-ones; both sides write the same number of tokens. `products alone` is the time that the step's matrix products would take
-at the peak of both cores: no step of these numbers, whoever takes it, can be shorter.
+ones; both sides write the same number of tokens. `products alone` is the time that the step's matrix products would
+take at the peak of both cores: no step of these numbers, whoever takes it, can be shorter.
 
 Before anything is timed, TRL's own first step at equal lengths is compared with ours on the tokens that TRL wrote:
 log-probs, values, rewards, advantages and the first gradient norms within 1e-4, else exit code 3. At drawn lengths TRL

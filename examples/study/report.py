@@ -67,7 +67,7 @@ def collect(study: Study) -> dict:
             entry["steps"] = runs[0].steps
             entry["return"] = [run.numbers["return"] for run in runs]
         found[method.name] = entry
-    starts = [study.known(have, seed, "start").numbers for seed in seeds]
+    starts = [study.known(have, seed, "start").numbers for seed in dict.fromkeys(map(task.start_of, seeds))]
     start = {name: [numbers[name][0] for numbers in starts] for name in starts[0]}
     sampled = next((entry for entry in found.values() if entry["samples"]), None)
     if sampled is not None:

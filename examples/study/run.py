@@ -3,6 +3,7 @@
 Everything is a run folder of the ordinary stages, so the run goes on where it stopped, and each can be looked at alone:
 
     OUT/seed-S/{sft,answers.jsonl,pairs.jsonl,reward,dpo-0,...}   the start of a seed and what is learned from its pairs
+                                                                  (of seed 0 alone, where all seeds have one start)
     OUT/seed-S/tune/METHOD-N                                      point N of a method's grid, on the validation prompts
     OUT/seed-S/METHOD                                             with the chosen point, on the test prompts
     OUT/records/seed-S/...                                        what came out of each, as small JSON (records.py)
@@ -14,7 +15,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--first-seed", type=int, default=10)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--methods", nargs="*", help="names in methods.py; all by default")
-    parser.add_argument("--point", type=int, help="of every method's grid, instead of trying the grid")
+    help_point = "of every method's grid, instead of trying the grid; METHOD:POINT for one method"
+    parser.add_argument("--point", nargs="*", default=[], help=help_point)
     parser.add_argument("--also", nargs="*", default=[], help="METHOD:POINT, a point that was not chosen, beside it")
     parser.add_argument("--known", type=Path, help="runs.jsonl of a study: its runs need not be done again")
     parser.add_argument("--phase", choices=["start", "tune", "test", "report"], help="only this one")
@@ -99,18 +101,16 @@ def _study(options: argparse.Namespace) -> "Study":
     task = TASKS[options.task]()
     by_name = {method.name: method for method in task.methods}
     chosen = [_named(name, by_name, "--methods") for name in options.methods or by_name]
-    if options.point is not None:
-        for method in chosen:
-            _check_point(options.point, method, "--point")
-    pinned = []
-    for words in dict.fromkeys(options.also):
-        name, _, point = words.partition(":")
-        method = _named(name, by_name, "--also")
-        if not point.isdecimal():
-            raise ConfigError(f"--also must be METHOD:POINT, as {name}:0, got {words}")
-        _check_point(int(point), method, "--also")
-        pinned.append(method.pinned(int(point)))
-    study = Study(task, options.out, seeds, [*chosen, *pinned], known=options.known, point=options.point)
+    points = {}
+    for words in options.point:
+        if words.isdecimal():
+            points |= {method.name: _checked(int(words), method, "--point") for method in chosen}
+        else:
+            method, point = _method_and_point(words, by_name, "--point")
+            points[method.name] = point
+    also = [_method_and_point(words, by_name, "--also") for words in dict.fromkeys(options.also)]
+    pinned = [method.pinned(point) for method, point in also]
+    study = Study(task, options.out, seeds, [*chosen, *pinned], known=options.known, points=points)
     _ = study.records  # now rather than after the first runs
     return study
 
@@ -121,10 +121,19 @@ def _named(name: str, by_name: dict[str, Method], option: str) -> Method:
     return by_name[name]
 
 
-def _check_point(point: int, method: Method, option: str) -> None:
+def _method_and_point(words: str, by_name: dict[str, Method], option: str) -> tuple[Method, int]:
+    name, _, point = words.partition(":")
+    method = _named(name, by_name, option)
+    if not point.isdecimal():
+        raise ConfigError(f"{option} must be METHOD:POINT, as {name}:0, got {words}")
+    return method, _checked(int(point), method, option)
+
+
+def _checked(point: int, method: Method, option: str) -> int:
     points = len(method.settings())
     if not 0 <= point < points:
         raise ConfigError(f"{option} must be a point of the grid of {method.name}, 0 to {points - 1}, got {point}")
+    return point
 
 
 def _in_parallel(words: list[str], phase: str, workers: int) -> int:
@@ -147,10 +156,15 @@ class Study:
         methods: list[Method],
         *,
         known: Path | None = None,
-        point: int | None = None,
+        points: Mapping[str, int] | None = None,
     ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            points: method -> point of its grid that is taken without trying the others.
+        """
         self.task, self.out, self.seeds, self.methods = task, out, seeds, methods
-        self._known, self._point = known, point
+        self._known, self._points = known, points or {}
 
     @property
     def records(self) -> Records:
@@ -162,7 +176,8 @@ class Study:
     def starts(self) -> list["Job"]:
         """Of all seeds."""
         tuning = TUNING_SEEDS if any(map(self.has_grid, self.methods)) else ()
-        return [Job(self, "start", seed) for seed in (*tuning, *self.seeds)]
+        starts = dict.fromkeys(self.task.start_of(seed) for seed in (*tuning, *self.seeds))
+        return [Job(self, "start", seed) for seed in starts]
 
     def tuning(self) -> list["Job"]:
         """All points of all grids: none where the point is given."""
@@ -184,16 +199,16 @@ class Study:
         have = self.records
         if job.method is not None or not job.is_known(have):
             return not job.is_known(have)
-        if job.seed in self.seeds:
-            return any((job.seed, method.name) not in have for method in self.methods)
-        return any(not other.is_known(have) for other in self.tuning() if other.seed == job.seed)
+        results = ((seed, method.name) for seed in self.seeds for method in self.methods)
+        needed = (*results, *((other.seed, other.name) for other in self.tuning()))
+        return any(self.task.start_of(seed) == job.seed and (seed, run) not in have for seed, run in needed)
 
     def choose(self, method: Method) -> int:
         """The point with the highest mean gold over the tuning seeds, at the ends of the runs: a collapse counts."""
         if not method.grid:
             return 0
-        if self._point is not None:
-            return self._point
+        if method.name in self._points:
+            return self._points[method.name]
         means = [sum(grades) / len(grades) for grades in self.tried(method)]
         return max(range(len(means)), key=lambda point: means[point])
 
@@ -220,7 +235,7 @@ class Study:
 
     def has_grid(self, method: Method) -> bool:
         """Whether its grid is tried."""
-        return bool(method.grid) and self._point is None
+        return bool(method.grid) and method.name not in self._points
 
 
 @dataclass(frozen=True)
@@ -238,6 +253,11 @@ class Job:
     def folder(self) -> Path:
         """Of the seed."""
         return self.study.out / f"seed-{self.seed}"
+
+    @property
+    def start(self) -> Path:
+        """Of what it begins with: its seed's folder, or that of all seeds."""
+        return self.study.out / f"seed-{self.study.task.start_of(self.seed)}"
 
     @property
     def settings(self) -> list[str]:
@@ -269,11 +289,13 @@ class Job:
             records.write(self.study.out / "records", record)
 
     def _start(self) -> None:
-        """SFT from scratch, pairs from its own answers, the reward model and the DPO policy of these."""
+        """SFT, pairs from its own answers, the reward model and the DPO policy of these."""
         task, folder = self.study.task, self.folder
+        for seed in dict.fromkeys((self.seed, *TUNING_SEEDS, *self.study.seeds)):
+            if task.start_of(seed) == self.seed:
+                task.prepare(self.study.out / f"seed-{seed}", seed)
         if (folder / "dpo-0" / "done").exists():
             return
-        task.prepare(folder, self.seed)
         sft = [f"--run_dir={folder}/sft", f"--data.train={folder}/sft.jsonl", f"--seed={self.seed}"]
         stage("sft", [*sft, *task.start(self.study.out, folder)], folder / "sft")
         if not (folder / "pairs_train.jsonl").exists():
@@ -291,9 +313,9 @@ class Job:
         stage("dpo", [*self._from_pairs("dpo-0"), *dpo.settings()[0]], folder / "dpo-0")
 
     def _from_pairs(self, name: str) -> list[str]:
-        folder = self.folder
-        data = [f"--data.train={folder}/pairs_train.jsonl", f"--data.eval={folder}/pairs_held_out.jsonl"]
-        begins = [f"--run_dir={folder}/{name}", f"--start={folder}/sft"]
+        start = self.start
+        data = [f"--data.train={start}/pairs_train.jsonl", f"--data.eval={start}/pairs_held_out.jsonl"]
+        begins = [f"--run_dir={self.folder}/{name}", f"--start={start}/sft"]
         return [*begins, *data, f"--seed={self.seed}", *self.study.task.pairs]
 
     def _method(self, method: Method) -> Record:
@@ -308,7 +330,7 @@ class Job:
         roles = {"policy": "sft", "reference": "sft", "dpo": "dpo-0", "reward_model": "reward"}
         data = [f"--data.train={folder}/train.jsonl", f"--data.eval={prompts}", f"--grader={task.grader}"]
         small = ["--checkpoint.optimizer_at_end=false", "--credit.responses=0", f"--seed={self.seed}"]
-        starts = [f"--{role}={folder}/{name}" for role, name in roles.items()]
+        starts = [f"--{role}={self.start}/{name}" for role, name in roles.items()]
         samples = [*task.samples, *task.answers]
         words = [f"--run_dir={run_dir}", *starts, *data, *small, *samples, *self.settings]
         stage(method.stage, words, run_dir)
@@ -318,9 +340,9 @@ class Job:
         """What a policy that did not sample is worth: beside the start, on the same prompts."""
         if (run_dir / "evaluation" / "evaluation.json").exists():
             return
-        folder, task = self.folder, self.study.task
-        roles = [f"--reference={folder}/sft", f"--reward_model={folder}/reward", f"--dpo={folder}/dpo-0"]
-        words = ["--checkpoints", f"{folder}/sft", str(run_dir), *roles, f"--prompts={prompts}", "--num_shown=0"]
+        start, task = self.start, self.study.task
+        roles = [f"--reference={start}/sft", f"--reward_model={start}/reward", f"--dpo={start}/dpo-0"]
+        words = ["--checkpoints", f"{start}/sft", str(run_dir), *roles, f"--prompts={prompts}", "--num_shown=0"]
         more = [f"--grader={task.grader}", f"--run_dir={run_dir}/evaluation", f"--seed={self.seed}"]
         run_stage("evaluate", [*words, *more, *task.answers])
 

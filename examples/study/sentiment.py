@@ -22,10 +22,12 @@ DATA = "STUDY_DATA"
 PROMPTS = {split: f"imdb_prompts_{split}.jsonl" for split in ("train", "eval")}
 SCORER = "gold_unigram_lr.json"
 CLIP = 4.0
-NOISE = 1.0
+NOISE = 0.5
 """A pair's label is drawn with log-odds of the lead in gold over this."""
-SFT, PAIRS, TRAIN, VALIDATION, TEST = 128, 160, 128, 32, 32
+SFT, PAIRS, TRAIN, VALIDATION, TEST = 128, 384, 128, 64, 64
 """Rows and prompts of each kind."""
+COPIES = 4
+"""Answers to a prompt, of which two become a pair: two at random differ by less gold than words are worth by chance."""
 
 
 def gold(prompts: list[str], responses: list[str]) -> list[float]:
@@ -49,14 +51,16 @@ def _scorer(folder: str) -> tuple[float, dict[str, float]]:
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """Rows of a seed: other reviews for SFT, pairs and training; the same validation and test prompts for all."""
+    """Other reviews for SFT, pairs and training, where only those of training are the seed's own."""
     train, held_out = map(_rows, PROMPTS.values())
-    random.Random(f"reviews {seed}").shuffle(train)
+    random.Random("reviews").shuffle(train)
     random.Random("held out").shuffle(held_out)
     write_rows(folder / "sft.jsonl", [{"prompt": r["prompt"], "response": r["reference"]} for r in train[:SFT]])
     asked = [{"prompt": row["prompt"]} for row in train[SFT:]]
-    write_rows(folder / "to_answer.jsonl", [row for row in asked[:PAIRS] for _ in range(2)])
-    write_rows(folder / "train.jsonl", asked[PAIRS : PAIRS + TRAIN])
+    write_rows(folder / "to_answer.jsonl", [row for row in asked[:PAIRS] for _ in range(COPIES)])
+    rest = asked[PAIRS:]
+    random.Random(f"train {seed}").shuffle(rest)
+    write_rows(folder / "train.jsonl", rest[:TRAIN])
     prompts = [{"prompt": row["prompt"]} for row in held_out]
     write_rows(folder / "validation.jsonl", prompts[:VALIDATION])
     write_rows(folder / "test.jsonl", prompts[VALIDATION : VALIDATION + TEST])

@@ -11,6 +11,9 @@ from pathlib import Path
 from examples.study import bigrams, sentiment
 from examples.study.methods import Method, methods
 
+SHARED = 0
+"""The seed of the start of a task that has one for all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -21,7 +24,7 @@ class Task:
     """Gold: measured on held-out prompts; no method sees it but through the labels of the pairs."""
     methods: list[Method]
     prepare: Callable[[Path, int], None]
-    """Folder and seed -> writes the inputs that need no model; in `to_answer.jsonl` each prompt comes twice."""
+    """Folder and seed -> writes the inputs that need no model; in `to_answer.jsonl` each prompt comes several times."""
     gold: Callable[[list[str], list[str]], Sequence[float]]
     noise: float
     """Log-odds of a label are the lead in gold over this."""
@@ -40,14 +43,25 @@ class Task:
     samples_per_step: int
     best: float | None
     """Gold that no policy can beat on the test prompts, where it is known."""
+    copies: int = 2
+    """Answers to a prompt in a row of `to_answer.jsonl`: those with most and with least gold become a pair."""
+    one_start: bool = False
+    """Whether all seeds begin with the same SFT, pairs, reward model and DPO policy, which are dear."""
+
+    def start_of(self, seed: int) -> int:
+        """The seed whose start it takes."""
+        return SHARED if self.one_start else seed
 
 
 def label_pairs(task: Task, answers: Path, out: Path, seed: int) -> None:
-    """Pairs from the answers of `generate` to prompts that come twice in a row, labelled by gold with noise."""
+    """Pairs from the answers of `generate` to prompts that come several times in a row, labelled by gold with noise."""
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
     grades = task.gold([row["prompt"] for row in rows], [row["response"] for row in rows])
     draw, pairs = random.Random(f"labels {seed}"), []
-    for one, two, a, b in zip(rows[::2], rows[1::2], grades[::2], grades[1::2], strict=True):
+    for first_row in range(0, len(rows), task.copies):
+        places = range(first_row, first_row + task.copies)
+        most, least = max(places, key=grades.__getitem__), min(reversed(places), key=grades.__getitem__)
+        (one, a), (two, b) = ((rows[place], grades[place]) for place in sorted((most, least)))
         first = draw.random() < 1 / (1 + math.exp((b - a) / task.noise))
         chosen, rejected = (one, two) if first else (two, one)
         better, worse = chosen["response"].strip(), rejected["response"].strip()
@@ -117,7 +131,7 @@ def smoke_task() -> Task:
 
 def sentiment_task() -> Task:
     """Study (b); see `sentiment.py`."""
-    longest = ("--data.max_length=96", "--train.batch_size=16", "--optimizer.warmup_frac=0.1")
+    longest = ("--data.max_length=96", "--optimizer.warmup_frac=0.1")
     return Task(
         name="sentiment",
         grader="examples.study.sentiment:gold",
@@ -126,17 +140,21 @@ def sentiment_task() -> Task:
         gold=sentiment.gold,
         noise=sentiment.NOISE,
         get_base=sentiment.get_base,
-        start=lambda out, _: [f"--start={out}/base", *longest, "--optimizer.lr=2e-5"],
-        pairs=(*longest, "--checkpoint.optimizer_at_end=false"),
-        reward=("--optimizer.lr=2e-5",),
+        start=lambda out, _: [
+            f"--start={out}/base", *longest, "--train.batch_size=16", "--optimizer.lr=2e-5",
+        ],
+        pairs=(*longest, "--train.batch_size=8", "--checkpoint.optimizer_at_end=false"),
+        reward=("--optimizer.lr=3e-5",),
         samples=(
-            "--prompts_per_step=32", "--samples_per_optimizer_step=16", "--num_steps=4", "--eval_every=2",
+            "--prompts_per_step=32", "--samples_per_optimizer_step=8", "--num_steps=4", "--eval_every=2",
             "--critic_optimizer.lr=3e-5", "--optimizer.min_lr_frac=1", "--critic_optimizer.min_lr_frac=1",
         ),
         answers=("--rollout.max_prompt_tokens=48", "--rollout.max_new_tokens=32", "--rollout.max_slots=32",
                  "--rollout.temperature=0.7"),
         samples_per_step=32,
         best=None,
+        copies=sentiment.COPIES,
+        one_start=True,
     )  # fmt: skip
 
 

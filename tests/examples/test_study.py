@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -75,6 +76,28 @@ def test_labels_follow_gold_with_noise_and_equal_or_empty_answers_make_no_pair(t
     assert right == pytest.approx(1 / (1 + np.exp(-1 / task.noise)), abs=0.03)
 
 
+def test_of_several_answers_those_with_most_and_least_gold_become_the_pair(tmp_path):
+    task = replace(TASKS["bigrams"](), copies=4, noise=0.01, gold=lambda _, texts: [float(text) for text in texts])
+    rows = [{"prompt": "p", "response": text} for text in ("2", "5", "-3", "4", "1", "1", "1.0", "0.5")]
+    bigrams.write_rows(tmp_path / "answers.jsonl", rows)
+    label_pairs(task, tmp_path / "answers.jsonl", tmp_path / "pairs.jsonl", seed=0)
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("5", "-3"), ("1", "0.5")]
+
+
+def test_a_task_with_one_start_makes_it_once_for_all_seeds(tmp_path):
+    task = replace(TASKS["bigrams"](), one_start=True)
+    [ppo] = [method for method in task.methods if method.name == "ppo"]
+    study = Study(task, tmp_path, range(10, 12), [ppo], points={"ppo": 0})
+    assert [job.seed for job in study.starts()] == [0]
+    assert {job.start for job in study.tests()} == {tmp_path / "seed-0"}
+    write(tmp_path / "records", record(0, "start", 0.0))
+    for seed in study.seeds:
+        assert study.is_due(study.starts()[0])
+        write(tmp_path / "records", record(seed, "ppo", 1.0, (*ppo.words, *ppo.settings()[0])))
+    assert not study.is_due(study.starts()[0])
+
+
 def test_praise_counts_once_and_is_clipped(tmp_path, monkeypatch):
     scorer = {"bias": -0.5, "weights": {"good": 1.5, "bad": -2.0, "don't": 0.25, "great": 9}}
     (tmp_path / "gold_unigram_lr.json").write_text(json.dumps(scorer))
@@ -83,7 +106,7 @@ def test_praise_counts_once_and_is_clipped(tmp_path, monkeypatch):
     assert sentiment.gold([""] * 5, texts) == [1.0, -2.5, -0.25, -0.5, 4.0]
 
 
-def test_a_seed_has_its_own_reviews_and_all_have_the_same_test_prompts(tmp_path, monkeypatch):
+def test_a_seed_has_its_own_prompts_for_training_and_shares_all_else(tmp_path, monkeypatch):
     monkeypatch.setenv(sentiment.DATA, str(tmp_path))
     for split in ("train", "eval"):
         rows = [
@@ -101,10 +124,11 @@ def test_a_seed_has_its_own_reviews_and_all_have_the_same_test_prompts(tmp_path,
             for name in names
         }
     for mine in seen.values():
-        assert mine["to_answer"][::2] == mine["to_answer"][1::2]
+        assert mine["to_answer"][:: sentiment.COPIES] == mine["to_answer"][1 :: sentiment.COPIES]
         assert sum(map(len, (set(mine[name]) for name in names))) == len(set().union(*map(set, mine.values())))
-    assert seen[0]["sft"] != seen[1]["sft"]
-    assert seen[0]["test"] == seen[1]["test"]
+    assert seen[0]["train"] != seen[1]["train"]
+    for name in set(names) - {"train"}:
+        assert seen[0][name] == seen[1][name]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -204,7 +228,7 @@ def test_the_highest_mean_over_tuning_seeds_is_chosen_so_that_a_collapse_counts(
     study = Study(task, tmp_path, range(10, 12), [rto])
     assert study.tried(rto)[1] == [15, 15, 0]
     assert study.choose(rto) == 3
-    assert Study(task, tmp_path, range(10, 12), [rto], point=1).choose(rto) == 1
+    assert Study(task, tmp_path, range(10, 12), [rto], points={"rto": 1}).choose(rto) == 1
     assert not any(map(study.is_due, study.tuning()))
 
 
@@ -215,10 +239,10 @@ def test_a_study_that_is_told_of_runs_does_only_the_others(tmp_path):
     known = [record(10, "ppo", 1.0, settings), record(10, "start", 0.0)]
     write_all(tmp_path / "runs.jsonl", known)
     assert read(tmp_path / "nothing", tmp_path / "runs.jsonl") == {run.key: run for run in known}
-    study = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", point=0)
+    study = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", points={"ppo": 0})
     assert [job.seed for job in study.starts() if study.is_due(job)] == [11]
     assert [job.seed for job in study.tests() if study.is_due(job)] == [11]
-    other = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", point=1)
+    other = Study(task, tmp_path, range(10, 12), [ppo], known=tmp_path / "runs.jsonl", points={"ppo": 1})
     with pytest.raises(ConfigError, match=r"seed 10 of ppo was run with --rto\.dpo_coef=0"):
         other.is_due(other.tests()[0])
 
@@ -228,6 +252,8 @@ def test_a_study_that_is_told_of_runs_does_only_the_others(tmp_path):
     [
         (["--methods", "nosuch"], "--methods must name methods of this study, dpo, rdpo"),
         (["--point=4"], "--point must be a point of the grid of dpo, 0 to 3, got 4"),
+        (["--point", "2", "rto:4"], "--point must be a point of the grid of rto, 0 to 3, got 4"),
+        (["--point", "rto"], "--point must be METHOD:POINT, as rto:0, got rto"),
         (["--also", "rto"], "--also must be METHOD:POINT, as rto:0, got rto"),
         (["--also", "rto:7"], "--also must be a point of the grid of rto, 0 to 3, got 7"),
         (["--seeds=0"], "--seeds must be 1 or more, got 0"),

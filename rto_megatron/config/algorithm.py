@@ -32,9 +32,18 @@ class DPOConfig:
         for name in ("length_coef", "margin", "drift_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"dpo.{name} must be 0 or more, got {getattr(self, name)}")
-        for name, loss in (("label_smoothing", "sigmoid"), ("length_coef", "rdpo"), ("margin", "simpo")):
-            if getattr(self, name) and self.loss != loss:
-                raise ValueError(f"dpo.{name} must be 0 with dpo.loss {self.loss}, which does not use it; {loss} does")
+        for name, loss in (
+            ("label_smoothing", "sigmoid"),
+            ("length_coef", "rdpo"),
+            ("margin", "simpo"),
+            ("drift_coef", "tdpo2"),
+        ):
+            value, default = getattr(self, name), getattr(DPOConfig, name)
+            if value != default and self.loss != loss:
+                raise ValueError(
+                    f"dpo.{name} must be {default:g} with dpo.loss {self.loss}, which does not use it, got {value:g}; "
+                    f"delete it, or set dpo.loss to {loss}"
+                )
 
     @property
     def reads_distributions(self) -> bool:

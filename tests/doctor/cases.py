@@ -147,6 +147,13 @@ CONFIG = {
         "dpo", "--dpo.loss=tdpo2 --parallel.pipeline=2", "error", "pipeline must be 1 with dpo.loss tdpo2", by="config"
     ),
     "a setting of another loss": Case("dpo", "--dpo.margin=1", "error", "margin must be 0 with dpo.loss", by="config"),
+    "a setting of TDPO's second form with its first": Case(
+        "dpo",
+        "--dpo.loss=tdpo1 --dpo.drift_coef=0.7",
+        "error",
+        r"drift_coef must be 0\.5 with dpo\.loss tdpo1, .*, got 0\.7",
+        by="config",
+    ),
     "nothing to learn": Case("rto", "--rto.dpo_coef=0 --rto.score_coef=0", "error", "nothing to learn", by="config"),
     "a run over what it reads": Case(
         "dpo", "--run_dir={chain}/sft", "error", "run_dir must not be the run that start names", by="config"

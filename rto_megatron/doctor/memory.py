@@ -9,8 +9,9 @@ from typing import Any
 import psutil
 
 from rto_megatron.config.run import DPORun, EvaluateRun, GenerateRun, RewardRun, RTORun
-from rto_megatron.doctor.findings import Section, in_units
+from rto_megatron.doctor.findings import Section
 from rto_megatron.doctor.machine import Place
+from rto_megatron.metrics import in_units
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.models.footprint import (
     Bytes,

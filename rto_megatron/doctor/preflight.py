@@ -34,11 +34,11 @@ from rto_megatron.distributed.runtime import (
     start_runtime,
     stop_runtime,
 )
-from rto_megatron.doctor.findings import Report, Section, in_units
+from rto_megatron.doctor.findings import Report, Section
 from rto_megatron.doctor.machine import OPTIONAL, REQUIRED, installed
 from rto_megatron.doctor.run_folder import existing
 from rto_megatron.errors import ConfigError, UserError
-from rto_megatron.metrics import Console
+from rto_megatron.metrics import Console, in_units
 from rto_megatron.schedule.links import connect
 
 JOIN_TIMEOUT = timedelta(minutes=2)

@@ -9,7 +9,8 @@ from typing import Any
 from rto_megatron.config.run import EvaluateRun, RTORun, SFTRun
 from rto_megatron.data.tokenizer import Tokenizer
 from rto_megatron.distributed.checkpoint import Checkpoint, check_file, file_hash, open_checkpoint, written_hashes
-from rto_megatron.doctor.findings import Section, in_units
+from rto_megatron.doctor.findings import Section
+from rto_megatron.metrics import in_units
 from rto_megatron.models.footprint import Model
 from rto_megatron.stages.roles import models_of, tokenizer_of
 from rto_megatron.stages.rules import Role, architecture_rules, role_rules, roles_of

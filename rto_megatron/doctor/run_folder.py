@@ -12,9 +12,9 @@ from rto_megatron.config.run import ConvertRun, EvaluateRun, GenerateRun, RTORun
 from rto_megatron.distributed.checkpoint import Manifest
 from rto_megatron.distributed.save import DRAFT
 from rto_megatron.doctor.data import Rows
-from rto_megatron.doctor.findings import Section, in_units
+from rto_megatron.doctor.findings import Section
 from rto_megatron.doctor.roles import Roles
-from rto_megatron.metrics import rows_before
+from rto_megatron.metrics import in_units, rows_before
 from rto_megatron.models.counts import num_parameters
 from rto_megatron.models.footprint import ITEM_BYTES, Model
 from rto_megatron.stages.resume import check_unchanged, digests, find_own, is_finished

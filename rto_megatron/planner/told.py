@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rto_megatron.doctor.findings import in_units
-from rto_megatron.metrics import Console
+from rto_megatron.metrics import Console, in_units
 from rto_megatron.planner.memory import Phase
 from rto_megatron.schedule.rooflines import GPUS
 from rto_megatron.schedule.trace import Row, summarise

@@ -11,8 +11,9 @@ from rto_megatron.config.parallel import ComputeConfig
 from rto_megatron.distributed import runtime
 from rto_megatron.distributed.runtime import Hardware, inspect_hardware
 from rto_megatron.doctor.command import Options, examine
-from rto_megatron.doctor.findings import Report, Section, in_units
+from rto_megatron.doctor.findings import Report, Section
 from rto_megatron.doctor.machine import OPTIONAL, REQUIRED, Place, check_machine, numbers
+from rto_megatron.metrics import in_units
 from tests.ranks import run_ranks
 from tests.stages.chain import run_stage, words_of
 

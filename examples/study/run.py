@@ -70,10 +70,9 @@ def _run(options: argparse.Namespace, words: list[str]) -> int:
                 job.run()
         return 0
     for phase in phases if options.phase is None else [options.phase]:
-        if phase != "report" and any(map(study.is_due, phases[phase]())):
-            task.get_base(out)
-            if code := _in_parallel(words, phase, options.workers):
-                return code
+        due = phase != "report" and any(map(study.is_due, phases[phase]()))
+        if due and (code := task.get_base(out) or _in_parallel(words, phase, options.workers)):
+            return code
     if options.phase in (None, "report"):
         from examples.study.report import write_report
 

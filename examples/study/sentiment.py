@@ -66,8 +66,8 @@ def prepare(folder: Path, seed: int) -> None:
     write_rows(folder / "test.jsonl", prompts[VALIDATION : VALIDATION + TEST])
 
 
-def get_base(out: Path) -> None:
-    """SmolLM2 as a run folder, OUT/base.
+def get_base(out: Path) -> int:
+    """SmolLM2 as a run folder, OUT/base; 0, or the exit code of the command that failed and has said why.
 
     Raises:
         ConfigError: the study's data are not there.
@@ -80,11 +80,10 @@ def get_base(out: Path) -> None:
             f"{f'{folder} without {missing[0]}' if DATA in os.environ else 'none'}; sentiment.py says what is in them"
         )
     if (out / "base" / "checkpoints" / "latest.txt").exists():
-        return
+        return 0
     get = [sys.executable, "tools/get_smollm2.py", "--out", str(out / "hf")]
     convert = [sys.executable, "-m", "rto_megatron", "convert", f"--source={out}/hf", f"--out={out}/base"]
-    for command in (get, convert):
-        subprocess.run(command, check=True)
+    return subprocess.run(get, check=False).returncode or subprocess.run(convert, check=False).returncode
 
 
 def _rows(name: str) -> list[dict]:

@@ -28,8 +28,8 @@ class Task:
     gold: Callable[[list[str], list[str]], Sequence[float]]
     noise: float
     """Log-odds of a label are the lead in gold over this."""
-    get_base: Callable[[Path], None]
-    """The study's folder -> writes there what all seeds begin with."""
+    get_base: Callable[[Path], int]
+    """The study's folder -> writes there what all seeds begin with; an exit code."""
     start: Callable[[Path, Path], list[str]]
     """The study's folder and the seed's -> words of the SFT stage."""
     pairs: tuple[str, ...]
@@ -93,7 +93,7 @@ def bigram_task() -> Task:
         prepare=_prepare_bigrams,
         gold=bigrams.gold,
         noise=bigrams.NOISE,
-        get_base=lambda _: None,
+        get_base=lambda _: 0,
         start=lambda _, folder: [
             f"--tokenizer.path={folder}/tokenizer", *model, "--model.num_query_groups=4", "--model.init_std=0.1",
             f"--model.max_length={window}", f"--data.max_length={window}",

@@ -284,6 +284,19 @@ def test_the_study_of_reviews_says_which_of_its_data_is_missing(tmp_path, monkey
     assert not (tmp_path / "new").exists()
 
 
+def test_where_the_model_cannot_be_had_the_study_says_what_its_tool_says_and_no_more(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv(sentiment.DATA, str(tmp_path))
+    for name in (*sentiment.PROMPTS.values(), sentiment.SCORER):
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "hf").mkdir()
+    (tmp_path / "out" / "hf" / "config.json").write_text("{}")  # so nothing is downloaded, and there is no model
+    assert main(["sentiment", f"--out={tmp_path}/out"]) == 2
+    said = capfd.readouterr()
+    assert said.err.startswith("error: ") and said.err.count("\n") == 1
+    assert "Traceback" not in said.out
+
+
 def test_ticks_are_round_numbers_within_the_range():
     assert ticks(0, 2048) == [0, 500, 1000, 1500, 2000]
     assert ticks(-0.003, 16) == [0, 2, 4, 6, 8, 10, 12, 14, 16]

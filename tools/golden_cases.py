@@ -18,7 +18,7 @@ from golden_pipeline import (
 from golden_window import Fields, Inputs, pad_left, sequences
 
 from rto_megatron.algorithms.advantages import gae
-from rto_megatron.algorithms.dpo import dpo_loss, mean_log_probs, sequence_log_probs
+from rto_megatron.algorithms.dpo import dpo_loss, sequence_log_probs
 from rto_megatron.algorithms.kl import adapt_kl_coef, kl_estimates
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
 from rto_megatron.algorithms.log_probs import token_log_probs
@@ -172,7 +172,7 @@ def dpo_sequence_logps(x: Inputs) -> Fields:
     column = torch.arange(log_probs.shape[1])
     # Column 0 is never scored: where the prompt is empty, the first token of the response has no log-prob.
     mask = (column >= x.ints("prompt_lens").clamp(min=1)[:, None]) & (column < x.ints("lengths")[:, None])
-    total, mean = sequence_log_probs(log_probs, mask), mean_log_probs(log_probs, mask)
+    total, mean = sequence_log_probs(log_probs, mask), masked_mean(log_probs, mask, -1)
     return {"sum": total, "mean": mean, "packed_sum": total, "packed_mean": mean}
 
 

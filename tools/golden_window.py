@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rto_megatron.algorithms.sequences import join_rows, overwrite_eos, position_ids, response_lengths
+from rto_megatron.algorithms.sequences import join_rows, overwrite_eos, position_ids
 
 Fields = dict[str, Any]
 """Names of a case's `in` or `out` and what they hold."""
@@ -67,7 +67,9 @@ def close_window(x: Inputs) -> Window:
     raw, num_prompt, pad_id, eos_id = x.ints("sequences"), x["input_len"], x["pad_id"], x["eos_id"]
     special = (raw == pad_id) | (raw == eos_id)
     starts = (~special).int().argmax(-1)
-    lengths, truncated = response_lengths(raw[:, num_prompt:], (eos_id,))
+    is_eos = raw[:, num_prompt:] == eos_id
+    truncated = ~is_eos.any(-1)
+    lengths = torch.where(truncated, is_eos.shape[1], is_eos.int().argmax(-1) + 1)  # up to the first EOS and with it
     prompts = [row[start:num_prompt].tolist() for row, start in zip(raw, starts, strict=True)]
     responses = [row[num_prompt : num_prompt + n].tolist() for row, n in zip(raw, lengths, strict=True)]
     tokens, num_tokens, response_mask = join_rows(prompts, responses, pad_id=pad_id)

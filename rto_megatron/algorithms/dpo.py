@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from rto_megatron.algorithms.masked import masked_mean, masked_sum, widen
+from rto_megatron.algorithms.masked import masked_sum, widen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,6 @@ class DPOLoss:
 def sequence_log_probs(log_probs: Tensor, response_mask: Tensor) -> Tensor:
     """Log-prob of each whole response: the sum over its tokens; [B, T] -> [B] nats."""
     return masked_sum(widen(log_probs), response_mask, -1)
-
-
-def mean_log_probs(log_probs: Tensor, response_mask: Tensor) -> Tensor:
-    """Log-prob per token of each response; [B, T] -> [B] nats per token."""
-    return masked_mean(widen(log_probs), response_mask, -1)
 
 
 def dpo_loss(

@@ -68,7 +68,8 @@ def worst_weights(losses: Tensor, *, divergence: Divergence, radius: float) -> T
         kl:          sum q log(S q) <= radius:             q ~ exp(loss / eta)
         chi_square:  mean((S q - 1)^2) / 2 <= radius:      q ~ max(0, loss - eta)
 
-    eta is found by bisection. A radius of 0 is the plain mean; a large one puts all weight on the largest losses.
+    eta is found by bisection. A radius of 0 is the plain mean; a large one puts all weight on the largest losses. The
+    largest mean is the robust loss; its gradient is that of the mean under q, held fixed (Danskin).
 
     Args:
         losses: [S].
@@ -100,11 +101,6 @@ def worst_weights(losses: Tensor, *, divergence: Divergence, radius: float) -> T
         middle = (low + high) / 2
         low, high = (low, middle) if _distance(weights(middle), divergence) <= radius else (middle, high)
     return weights(high)
-
-
-def robust_loss(losses: Tensor, *, divergence: Divergence, radius: float) -> Tensor:
-    """The largest mean of `losses` [S] within `radius`; its gradient is that of the worst distribution (Danskin)."""
-    return (worst_weights(losses, divergence=divergence, radius=radius).to(losses.dtype) * losses).sum()
 
 
 def _distance(weights: Tensor, divergence: Divergence) -> float:

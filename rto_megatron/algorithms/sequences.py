@@ -1,4 +1,4 @@
-"""Where responses end, and how prompts and responses become rows."""
+"""How prompts and responses become rows."""
 
 from collections.abc import Sequence
 
@@ -6,25 +6,6 @@ import torch
 from torch import Tensor
 
 from rto_megatron.algorithms.masked import last_response_token
-
-
-def response_lengths(windows: Tensor, eos_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """How long each response is: up to its first EOS, that one included.
-
-    An EOS ends a response also where it is the pad id. A pad id that is not an EOS counts as a
-    token: the released code leaves a hole in its masks there, and here pad ids are banned from
-    sampling, so that it cannot happen.
-
-    Args:
-        windows: [B, W] int64: what was sampled, and anything at all after the first EOS.
-
-    Returns:
-        [B] int64 tokens, and [B] bool True where the window filled before an EOS.
-    """
-    is_eos = torch.isin(windows, torch.as_tensor(eos_ids, dtype=windows.dtype, device=windows.device))
-    truncated = ~is_eos.any(-1)
-    first = is_eos.int().argmax(-1)
-    return torch.where(truncated, windows.shape[1], first + 1), truncated
 
 
 def join_rows(

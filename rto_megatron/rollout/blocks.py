@@ -22,11 +22,6 @@ class BlockTables:
         self._free: list[int] = []
         self._of: dict[int, list[int]] = {}
 
-    @property
-    def num_taken(self) -> int:
-        """Blocks that sequences have now."""
-        return sum(map(len, self._of.values()))
-
     def of(self, slot: int) -> list[int]:
         """The blocks of a slot's tokens, in the order of these."""
         return self._of[slot]

@@ -28,11 +28,6 @@ class RecordedSteps:
         self._generation = cache.store.generation
         self._made: dict[tuple[int, int], tuple[Recording, tuple[Tensor, ...]]] = {}
 
-    @property
-    def num_recordings(self) -> int:
-        """So far."""
-        return len(self._made)
-
     def run(self, ids: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
         """Pass the next token of each slot, which holds `lengths` tokens; [slots, H] normed hidden states."""
         size = self._size(len(ids), max(lengths) + 1)

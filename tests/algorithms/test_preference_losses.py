@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rto_megatron.algorithms.dpo import dpo_loss, mean_log_probs, sequence_log_probs
+from rto_megatron.algorithms.dpo import dpo_loss, sequence_log_probs
 from rto_megatron.algorithms.pairs import pair_metrics, pair_sums, split_pairs
 from rto_megatron.algorithms.reward_model import pairwise_loss, sequence_scores, state_values
 from rto_megatron.algorithms.sft import lm_loss
@@ -53,7 +53,6 @@ def test_sequence_log_probs_sum_the_response_only():
     log_probs = torch.tensor([[JUNK, -1.0, -2.0, JUNK], [JUNK, JUNK, -4.0, JUNK]])
     mask = torch.tensor([[False, True, True, False], [False, False, True, False]])
     torch.testing.assert_close(sequence_log_probs(log_probs, mask), torch.tensor([-3.0, -4.0]))
-    torch.testing.assert_close(mean_log_probs(log_probs, mask), torch.tensor([-1.5, -4.0]))
 
 
 def test_pairs_lie_as_chosen_then_rejected():

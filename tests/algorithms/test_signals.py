@@ -9,7 +9,7 @@ from rto_megatron.algorithms.kl import adapt_kl_coef, kl_estimates
 from rto_megatron.algorithms.learning_rate import cosine_with_min_lr
 from rto_megatron.algorithms.log_probs import token_entropy, token_log_probs
 from rto_megatron.algorithms.masked import last_response_token
-from rto_megatron.algorithms.sequences import join_rows, overwrite_eos, position_ids, response_lengths
+from rto_megatron.algorithms.sequences import join_rows, overwrite_eos, position_ids
 
 JUNK = float("nan")
 
@@ -81,22 +81,6 @@ def test_learning_rate_of_a_run_of_warmup_alone_is_defined():
 def test_the_last_response_token_is_the_last_true_of_each_row():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]).bool()
     assert last_response_token(mask).int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-
-
-def test_a_response_ends_with_its_first_eos():
-    windows = torch.tensor([[5, 9, 9, 8], [5, 6, 7, 8], [7, 5, 5, 5], [1, 2, 3, 9]])
-    lengths, truncated = response_lengths(windows, eos_ids=(9, 7))
-    assert lengths.tolist() == [2, 3, 1, 4]
-    assert truncated.tolist() == [False, False, False, False]
-    lengths, truncated = response_lengths(windows, eos_ids=(9,))
-    assert lengths.tolist() == [2, 4, 4, 4]
-    assert truncated.tolist() == [False, True, True, False]
-
-
-def test_an_eos_that_is_also_the_pad_id_ends_a_response():
-    lengths, truncated = response_lengths(torch.tensor([[2, 2, 2], [5, 2, 2], [5, 6, 7]]), eos_ids=(2,))
-    assert lengths.tolist() == [1, 2, 3]
-    assert truncated.tolist() == [False, False, True]
 
 
 def test_rows_are_prompt_response_padding():

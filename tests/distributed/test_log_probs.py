@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from rto_megatron.algorithms.log_probs import token_entropy, token_log_probs
 from tests.ranks import run_ranks
 
 TOKENS, HIDDEN, ROWS = 37, 16, 128
@@ -28,11 +29,10 @@ def problem(vocab: int, banned: tuple[int, ...]):
 def plain(vocab, temperature, banned):
     hidden, weight, labels, slopes = problem(vocab, banned)
     hidden.requires_grad_(), weight.requires_grad_()
-    logits = hidden @ weight[:vocab].T / temperature
-    logits = logits.index_fill(1, torch.tensor(banned, dtype=torch.long), -1e30)
-    log_probs = logits.log_softmax(-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)
-    out = torch.stack((log_probs.gather(1, labels[:, None]).squeeze(1), entropy), -1)
+    logits = (hidden @ weight[:vocab].T).index_fill(1, torch.tensor(banned, dtype=torch.long), -torch.inf)
+    row = F.pad(logits, (0, 0, 0, 1))[None]  # the plain ones score column t by the logits before it
+    log_probs = token_log_probs(row, F.pad(labels, (1, 0))[None], temperature=temperature)
+    out = torch.stack((log_probs, token_entropy(row, temperature=temperature)), -1)[0, 1:]
     (out * slopes).sum().backward()
     return out.detach(), hidden.grad, weight.grad
 

@@ -116,10 +116,10 @@ def score_all(
         parts, order = host.visits(parts), sorted(order)
     modes = [model.training for model, _ in asks]
     for model, _ in asks:
-        model.eval()
+        _set_mode(model, training=False)
     outputs = run_stream(parts, order, mesh, forward_only=True)
     for (model, _), mode in zip(asks, modes, strict=True):
-        model.train(mode)
+        _set_mode(model, training=mode)
     shapes = [torch.Size((*batch.tokens.shape, *forward.depth)) for _, forward in asks]
     sizes, flat = [shape.numel() for shape in shapes], None
     if mesh.is_last_stage:
@@ -129,6 +129,12 @@ def score_all(
     # all answers at once: a broadcast has every stage wait for the last one
     shared = from_last_stage(flat, mesh, shape=(sum(sizes),), dtype=torch.float32)
     return [whole.view(shape) for whole, shape in zip(shared.split(sizes), shapes, strict=True)]
+
+
+def _set_mode(model: MegatronModule, *, training: bool) -> None:
+    """As `Module.train`, which walks all modules though nearly every call changes nothing."""
+    if model.training != training:
+        model.train(training)
 
 
 def _fill_rows(whole: Tensor, cuts: Sequence[list[int]], answers: Sequence[Tensor]) -> None:
@@ -193,7 +199,7 @@ def accumulate(tasks: Sequence[Task], mesh: Mesh, *, cut: Cut) -> list[Tensor]:
     parts = []
     for task in tasks:
         task.trainable.zero_grad()
-        task.trainable.model.train()
+        _set_mode(task.trainable.model, training=True)
         _, micros = _cut_up(task.batch, cut, [task.trainable.model], unit=task.unit)
         parts.append(Part(task.trainable.ddps, micros, _forward_step(task.forward, task.loss)))
     if mesh.pipeline.size == 1:

@@ -80,6 +80,8 @@ class HostWeights:
             for parameter, _ in needs[number]:
                 if id(parameter) not in kept:
                     _empty(parameter)
+            for chunk in parts[number].chunks:
+                _forget_quantized(chunk)
 
         return [
             replace(part, forward_step=_between(part, number, arrive, leave)) if needs[number] else part
@@ -116,6 +118,12 @@ def _between(
 def _weights_of(part: Part) -> list[torch.nn.Parameter]:
     """Those of all its chunks."""
     return [parameter for chunk in part.chunks for parameter in chunk.parameters()]
+
+
+def _forget_quantized(model: MegatronModule) -> None:
+    """Let go of the 8-bit copies of weights that Transformer Engine keeps; a pass's first microbatch makes new ones."""
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def _empty(parameter: torch.nn.Parameter) -> None:

@@ -22,7 +22,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,6 +50,8 @@ Tensor Core GPU" (SXM, PCIe, NVL), "H200 Tensor Core GPU" and "A100 Tensor Core 
 halved."""
 GOALS = {"times_as_fast": 3.0, "share_of_peak": 0.45, "share_of_bandwidth": 0.7}
 """Of 1B on one H100."""
+GATE_TOKENS = 16
+"""Of a response at most: in the gate TRL has the activations of two models of all rows at once, in float32."""
 PARTS = ("train", "decode", "step")
 DECODE = {
     "decode": {},
@@ -181,7 +183,7 @@ def beside_trl(name: str, sizes: dict[str, int]) -> dict[str, Any]:
     from benchmarks import trl_ppo
 
     with tempfile.TemporaryDirectory() as kept, steps.inputs(name, Path(kept)) as folder:
-        once: dict[str, Any] = {"mean": sizes["mean"], "num_minibatches": 1, "num_steps": 1}
+        once: dict[str, Any] = {"mean": min(GATE_TOKENS, sizes["mean"]), "num_minibatches": 1, "num_steps": 1}
         task = steps.make_task(folder, name, "rto", parts=["equal"], **once)
         apart = steps.gate(task, lambda path, numbers: _theirs(trl_ppo, task, path, numbers))
         task = steps.make_task(folder, name, "rto", mean=sizes["mean"], parts=["drawn"], num_steps=3, dtype="bfloat16")
@@ -218,15 +220,21 @@ def where() -> dict[str, Any]:
 def judge(found: dict[str, Any], model: str) -> dict[str, Any]:
     """Shares of the peaks, and whether the goals are met; null where they are about something else."""
     peak, shares = found["machine"]["peak"], {}
-    if peak and "train" in found:
-        shares["share_of_peak"] = found["train"]["flops"] / peak[0]
-    if peak and "decode" in found:
-        shares["share_of_bandwidth"] = max(found[way]["bytes_per_second"] for way in DECODE) / peak[1]
-    theirs = [found[way]["tokens_per_second"] for way in MEGATRON if "tokens_per_second" in found.get(way, {})]
-    if theirs:
-        shares["decode_over_megatron"] = max(found[way]["tokens_per_second"] for way in DECODE) / max(theirs)
-    if found.get("step"):
-        shares["times_as_fast"] = found["step"]["times_as_fast"]
+
+    def best(ways: Iterable[str], what: str) -> float | None:
+        """The largest of those that did not fail."""
+        return max((found[way][what] for way in ways if what in (found.get(way) or {})), default=None)
+
+    flops_found, bytes_found = best(["train"], "flops"), best(DECODE, "bytes_per_second")
+    if peak and flops_found:
+        shares["share_of_peak"] = flops_found / peak[0]
+    if peak and bytes_found:
+        shares["share_of_bandwidth"] = bytes_found / peak[1]
+    ours, theirs = (best(ways, "tokens_per_second") for ways in (DECODE, MEGATRON))
+    if ours and theirs:
+        shares["decode_over_megatron"] = ours / theirs
+    if times := best(["step"], "times_as_fast"):
+        shares["times_as_fast"] = times
     counts = model == "1B" and "1 x " in found["machine"]["device"] and "H100" in found["machine"]["device"]
     met = {name: shares[name] >= goal if counts and name in shares else None for name, goal in GOALS.items()}
     return {"shares": shares, "goals": GOALS, "met": met}
@@ -253,13 +261,15 @@ def beside_megatron(model: str, sizes: dict[str, int]) -> dict[str, Any]:
     """Its engine's numbers, or why there are none: nothing of ours depends on them."""
     if lacks := megatron_decode.missing():
         return {way: {"missing": lacks} for way in MEGATRON}
-    found: dict[str, Any] = {}
-    for way in MEGATRON:
-        try:
-            found[way] = run_part(way, model, sizes)
-        except SystemExit as error:
-            found[way] = {"failed": str(error)[-2000:]}
-    return found
+    return {way: tried(run_part, way, model, sizes) for way in MEGATRON}
+
+
+def tried(part: Callable[..., dict[str, Any]], *words: Any) -> dict[str, Any]:
+    """What a part finds, or how it failed: what the others found is worth keeping."""
+    try:
+        return part(*words)
+    except SystemExit as error:
+        return {"failed": str(error)[-2000:]}
 
 
 def main() -> None:
@@ -276,7 +286,13 @@ def main() -> None:
         sizes = json.loads(options.sizes)
         options.out.write_text(json.dumps(be_part(options.part, options.model, sizes, options.fp8)))
         return
-    print(json.dumps(measure(options.model, options.parts, small=options.small, out=options.out), indent=1))
+    found = measure(options.model, options.parts, small=options.small, out=options.out)
+    print(json.dumps(found, indent=1))
+    # not Megatron's: nothing of ours depends on it
+    failed = [
+        part for part, told in found.items() if part not in MEGATRON and isinstance(told, dict) and "failed" in told
+    ]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 def measure(model: str, parts: Sequence[str], *, small: bool, out: Path | None) -> dict[str, Any]:
@@ -288,13 +304,13 @@ def measure(model: str, parts: Sequence[str], *, small: bool, out: Path | None) 
         sys.exit("there is no NVIDIA GPU here; to see that it works on a CPU: --model=1M --small --out=FOLDER")
     found: dict[str, Any] = {"machine": where(), "model": model, "sizes": sizes}
     if "train" in parts:
-        found["train"] = run_part("train", model, sizes)
+        found["train"] = tried(run_part, "train", model, sizes)
         if (hardware.capability or (0, 0)) >= (8, 9) and find_spec("transformer_engine"):
-            found["train_fp8"] = run_part("train", model, sizes, "hybrid")
+            found["train_fp8"] = tried(run_part, "train", model, sizes, "hybrid")
     if "decode" in parts:
-        found |= {way: run_part(way, model, sizes) for way in DECODE} | beside_megatron(model, sizes)
+        found |= {way: tried(run_part, way, model, sizes) for way in DECODE} | beside_megatron(model, sizes)
     if "step" in parts:
-        found["step"] = beside_trl(model, sizes) if find_spec("trl") else None  # None: TRL is not installed
+        found["step"] = tried(beside_trl, model, sizes) if find_spec("trl") else None  # None: TRL is not installed
     found |= judge(found, model) | {"load_average_after": os.getloadavg()}
     out = out or (RESULTS / "gpu" if hardware.num_gpus else None)
     if out is not None:

@@ -107,7 +107,7 @@ def make_inputs(folder: Path, name: str) -> None:
     model = [f"--model.{key}={value}" for key, value in MODELS[name].items()]
     model += [f"--model.vocab_size={VOCAB[name]}", "--model.max_length=512", "--model.init_std=0.06"]
     train = [f"--data.train={folder}/rows.jsonl", "--train.max_steps=2", "--train.batch_size=8"]
-    train += ["--data.max_length=128", "--optimizer.lr=3e-3"]
+    train += ["--data.max_length=128", "--optimizer.lr=3e-3", "--checkpoint.optimizer_at_end=false"]
     own = {"sft": [f"--tokenizer.path={folder}/tokenizer.model", *model]}
     for stage in ("sft", "dpo", "reward"):
         words = own.get(stage, [f"--start={folder}/sft"])

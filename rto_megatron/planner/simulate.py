@@ -209,6 +209,7 @@ def _show_bounds(
             workload.known(0, sizes),
             lengths,
             num_gpus=sum(map(len, cast.groups)),
+            num_learners=2 if cast.placement.critic else 1,
             roles=cost.roles,
         )
     else:

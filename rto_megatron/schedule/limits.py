@@ -40,10 +40,14 @@ def resource_bound(
     lengths: list[int],
     *,
     num_gpus: int,
+    num_learners: int = 2,
     roles: Roles | None = None,
     efficiency: Efficiency | None = None,
 ) -> float:
     """All work of a step, spread over all GPUs without a gap, decoding in the largest batches that fit.
+
+    Args:
+        num_learners: models that train: policy and critic, or the policy alone.
 
     Raises:
         ValueError: the model does not fit into the eight GPUs of a node.
@@ -52,7 +56,7 @@ def resource_bound(
     totals = [prompt + length for prompt, length in zip(known.prompt_tokens, lengths, strict=True)]
     forward = forward_flops(model, tokens=sum(totals), squares=sum(total * total for total in totals))
     epochs = sum(map(len, known.minibatches)) / len(totals)
-    compute = forward * (roles.scored + 2 * epochs * roles.forwards) / (gpu.flops * efficiency.compute)
+    compute = forward * (roles.scored + num_learners * epochs * roles.forwards) / (gpu.flops * efficiency.compute)
     context = sum(known.prompt_tokens) / len(totals) + sum(lengths) / len(totals) / 2
     batches = {t: min(len(totals), resident_tokens(model, gpu, tensor=t) / context) for t in (1, 2, 4, 8)}
     a_token = [

@@ -165,6 +165,14 @@ def test_what_any_schedule_needs(model, num_gpus, seconds):
     assert found == pytest.approx(seconds, rel=0.25)
 
 
+def test_without_a_critic_one_model_less_learns():
+    known, lengths = LARGE.known(0, Sizes(**SIZES, lanes=1)), LARGE.lengths(0, 1024)
+    score, one, two = (
+        resource_bound(MODELS["llama3-8b"], GPUS["h100"], known, lengths, num_gpus=64, num_learners=n) for n in range(3)
+    )
+    assert score < one < two and two - one == pytest.approx(one - score)
+
+
 def test_one_step_off_is_faster_than_the_barrier_and_early_minibatches_too():
     layout, placement = Layout(engine_ranks=8, train_ranks=32, **C), split(24, 10)
     cost, sizes = Roofline(MODELS["llama3-70b"], GPUS["h100"], placement, layout), Sizes(**SIZES, lanes=24)

@@ -129,7 +129,7 @@ def legs_of(config: RTORun, cast: Cast, ranks: int, options: Options) -> Iterato
         same = (cast.critic.parallel, cast.critic.num_replicas) == (cast.policy.parallel, cast.policy.num_replicas)
         tolerance = 0.0 if same else OTHER_LAYOUT
         yield Leg(name="split", ranks=ranks, words=(*common, delays), tolerance=tolerance)
-    else:
+    elif config.lora is None and config.critic_lora is None:  # else that map would be refused
         words = (*common, "--schedule.map=split", f"--schedule.rollout_ranks={engine}", delays)
         yield Leg(name="split", ranks=training + engine, words=words)
     words = (*on_training_ranks, "--schedule.map=sequential", other_seed)

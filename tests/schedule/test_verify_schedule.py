@@ -36,6 +36,11 @@ def test_every_map_is_compared_with_the_sequential_run_at_the_same_training_layo
     assert found["another seed"].must_differ and not found["split"].must_differ
 
 
+@pytest.mark.parametrize("name", ["lora", "critic_lora"])
+def test_adapters_are_not_tried_on_the_map_that_refuses_them(name, chain):
+    assert list(legs(chain, 1, f"--{name}.rank=2")) == ["sequential", "colocated", "fused", "another seed"]
+
+
 def test_lanes_are_a_number_that_all_maps_can_share(chain):
     found = legs(chain, 5, "--schedule.map=split", "--schedule.rollout_ranks=3")
     assert {leg.ranks for leg in found.values()} == {2, 5}

@@ -154,6 +154,9 @@ class WritersReports:
         self._file.seek(self._read)
         report = pickle.load(self._file)
         self._read = self._file.tell()
+        if self.empty():  # else all reports of a run would stay, in memory where that is a tmpfs
+            self._file.truncate(0)
+            self._read = 0
         return report
 
     def empty(self) -> bool:

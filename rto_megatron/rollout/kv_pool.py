@@ -39,13 +39,14 @@ class Pool:
         return sum(x.nbytes for x in (*self._keys, *self._values))
 
     def plan_prompts(self, runs: Sequence[Run]) -> None:
-        """The next pass writes these; their blocks are taken."""
+        """The next pass writes these; their blocks are taken. Tables are made once, for all layers."""
         places: list[int] = []
         for run in runs:
             for slot in run.slots:
                 self.tables.cover(slot, run.end)
                 places += [self.tables.place(slot, position) for position in range(run.start, run.end)]
         self._places = torch.tensor(places, device=self._device)
+        self._tables = {run: self._table(run.slots, run.end, num_rows=run.num_prompts) for run in runs if run.start}
         self._grow()
 
     def plan_next(self, lengths: Sequence[int], *, num_rows: int, width: int) -> None:
@@ -70,7 +71,7 @@ class Pool:
 
     def read_prompts(self, layer: int, run: Run) -> tuple[Tensor, Tensor]:
         """Keys and values [prompts, kv heads, end, d] of a run's prompts up to its end."""
-        table = self._table(run.slots, run.end, num_rows=run.num_prompts)
+        table = self._tables[run]
         return self._gather(self._keys[layer], table, run.end), self._gather(self._values[layer], table, run.end)
 
     def attend_next(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

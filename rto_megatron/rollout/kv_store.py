@@ -80,7 +80,7 @@ class KVStore(Protocol):
         ...
 
     def read_prompts(self, layer: int, run: Run) -> tuple[Tensor, Tensor]:
-        """Keys and values [prompts, kv heads, end, d] of a run's prompts up to its end."""
+        """Keys and values [prompts, kv heads, end, d] of a run's prompts up to its end; of one that began before."""
         ...
 
     def attend_next(self, layer: int, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:

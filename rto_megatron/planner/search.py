@@ -119,7 +119,7 @@ def plan(
         return sorted((one for one in timed if one), key=lambda planned: planned.timed.seconds)
 
     found = all_timed(many)
-    found += all_timed(other for planned in _best_splits(found) for other in _variants(planned.candidate, minibatch))
+    found += all_timed(other for planned in _best_splits(found) for other in _variants(planned.candidate))
     found += all_timed(other for planned in _best_pipelines(found) for other in _interleaved(planned.candidate, model))
     if not found:
         raise ConfigError(
@@ -177,7 +177,7 @@ def _best_splits(found: Sequence[Planned]) -> Iterator[Planned]:
             yield planned
 
 
-def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
+def _variants(candidate: Candidate) -> Iterator[Candidate]:
     """A split map where others score too, or where the critic has ranks of its own."""
     place, layout = candidate.placement, candidate.layout
     writing, training = len(place.engines), len(place.policy)
@@ -188,7 +188,7 @@ def _variants(candidate: Candidate, minibatch: int) -> Iterator[Candidate]:
         for score in ("all", "rollout"):
             placement = split(writing * layout.engine_ranks // ranks, training, score=score)
             yield replace(candidate, placement=placement, layout=alike)
-    if training > 1 and training // 2 <= minibatch:
+    if training > 1:
         yield replace(candidate, placement=split(writing, training - training // 2, training // 2))
 
 

@@ -1,6 +1,5 @@
 """Runs that a command starts to prove something: worlds of their own, as a cluster would start them."""
 
-import signal
 import subprocess
 import sys
 import time
@@ -43,15 +42,15 @@ def run_world(words: Sequence[str], log: Path, *, ranks: int, until: Callable[[]
     """
     launcher = ["-m", "rto_megatron.launch", "--standalone", f"--nproc-per-node={ranks}"]
     command = [sys.executable, *launcher, "-m", "rto_megatron", *words]
+    is_due = False
     with log.open("a") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env=environment_alone(), start_new_session=True)
         try:
-            while process.poll() is None and not (until is not None and until()):
+            while process.poll() is None and not (is_due := until is not None and until()):
                 time.sleep(0.02)
         finally:
             _kill(process)
-    was_killed = until is not None and process.returncode == -signal.SIGKILL
-    if process.returncode and not was_killed:
+    if process.returncode and not is_due:
         last = "\n".join(log.read_text().splitlines()[-15:])
         raise UserError(f"{log}: the run ended with exit code {process.returncode}; its last lines:\n{last}")
 

@@ -45,7 +45,7 @@ def _grade(grader: Callable[..., Any], name: str, prompts: list[str], responses:
 
 
 def win_rate(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Share of prompts on which we have more; a tie counts half."""
+    """Share of places at which we have more; a tie counts half."""
     wins = sum((a > b) + (a == b) / 2 for a, b in zip(ours, theirs, strict=True))
     return wins / len(ours)
 

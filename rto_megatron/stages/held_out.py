@@ -107,9 +107,8 @@ def dpo_accuracy(
         dpo_coef=config.rto.dpo_coef,
         dpo_clip=config.rto.dpo_clip,
     )
-    chosen, rejected = rewards.double().sum(-1).view(-1, 2).unbind(-1)
-    wins = gather_over_data(chosen - rejected, mesh)[: len(pairs)]
-    return ((wins > 0).double() + (wins == 0).double() / 2).mean().item()
+    earned = gather_over_data(rewards.double().sum(-1).view(-1, 2), mesh)[: len(pairs)]
+    return win_rate(*earned.T.tolist())
 
 
 def _pairs_of(config: RTORun, tokenizer: Tokenizer) -> list[PreferenceRow]:

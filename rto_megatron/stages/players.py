@@ -1,7 +1,7 @@
 """The roles of an interleaved run, as far as this rank holds them."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rto_megatron.config.parallel import ParallelConfig
@@ -12,7 +12,7 @@ from rto_megatron.distributed.mesh import Mesh, check_seed, role_mesh, seed_stre
 from rto_megatron.distributed.optimizer import Trainable, make_trainable
 from rto_megatron.distributed.refit import Refit
 from rto_megatron.distributed.runtime import Runtime, rank
-from rto_megatron.models.gpt import Kind, PolicyModel
+from rto_megatron.models.gpt import PolicyModel
 from rto_megatron.models.heads import ScalarModel
 from rto_megatron.schedule.cast import Cast
 from rto_megatron.stages.actors import Judges, load_judges
@@ -60,7 +60,6 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
     """
     check_seed(config.seed)
     parents = check_run(config, cast.policy.num_replicas)
-    starts = {role.name: role.path for role in roles_of(config)}
     meshes = {
         name: role_mesh(troupe.parallel, runtime, ranks=troupe.ranks)
         for name, troupe in (("policy", cast.policy), ("engine", cast.engine), ("critic", cast.critic))
@@ -70,32 +69,20 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
     assert own is not None, "every rank has a role"
     seed_streams(config.seed, own)
 
-    trunks = Trunks.of_run(config, parents)
-
-    def load(path: Path, kind: Kind, mesh: Mesh | None, parallel: ParallelConfig) -> Any:
-        # copies are not frozen: Megatron multiplies with frozen weights in another way, whose last bits may differ
-        temperature = config.rollout.log_prob_temperature
-        more = {"parallel": parallel, "compute": config.compute, "temperature": temperature, "seed": config.seed}
-        lora = config.lora if kind == "policy" else config.critic_lora
-        return load_role(path, kind, mesh, frozen=False, lora=lora, trunks=trunks, **more)[0]
-
-    scores = group in place.scorers
+    trunks, scores = Trunks.of_run(config, parents), group in place.scorers
     judges = load_judges(config, own if scores else None, trunks)
-    policy = load(starts["policy"], "policy", meshes["policy"], cast.policy.parallel)
-    critic = None
-    if "critic" in starts:
-        critic = load(starts["critic"], "value", meshes["critic"], cast.critic.parallel)
+    load = partial(_load, config, trunks)
+    policy = load("policy", meshes["policy"], cast.policy.parallel)
+    critic = load("critic", meshes["critic"], cast.critic.parallel)
     writer, refits = policy, {"engine": [], "scorer": []}
     if not place.shares_weights:
-        writer = load(starts["policy"], "policy", meshes["engine"], cast.engine.parallel)
+        writer = load("policy", meshes["engine"], cast.engine.parallel)
         refits["engine"].append(Refit(policy, writer))
     copies: dict[str, Any] = {"policy": None, "critic": None}
-    held: tuple[tuple[str, Kind, Any], ...] = (("policy", "policy", policy), ("critic", "value", critic))
-    for role, kind, trained in held:
+    for role, trained in (("policy", policy), ("critic", critic)):
         takers = [number for number in place.groups if place.needs_copy(number, role, moves=moves)]
         if takers:
-            mesh = own if group in takers else None
-            copies[role] = load(starts[role], kind, mesh, config.parallel)
+            copies[role] = load(role, own if group in takers else None, config.parallel)
             refits["scorer"].append(Refit(trained, copies[role]))
     judges.stay_for(policy, critic, writer, *copies.values())
     return Players(
@@ -113,6 +100,27 @@ def load_players(config: RTORun, cast: Cast, runtime: Runtime, *, moves: bool) -
         tokenizer=tokenizer_of(parents["policy"]),
         parents=parents,
     )
+
+
+def _load(config: RTORun, trunks: Trunks | None, role: str, mesh: Mesh | None, parallel: ParallelConfig) -> Any:
+    """The policy or the critic as the run starts with it; None where the run has no such role, or the rank no mesh."""
+    path = next((one.path for one in roles_of(config) if one.name == role), None)
+    if path is None:
+        return None
+    kind, lora = ("policy", config.lora) if role == "policy" else ("value", config.critic_lora)
+    model, _ = load_role(
+        path,
+        kind,
+        mesh,
+        parallel=parallel,
+        compute=config.compute,
+        frozen=False,  # copies neither: Megatron multiplies with frozen weights in another way, with other last bits
+        temperature=config.rollout.log_prob_temperature,
+        lora=lora,
+        seed=config.seed,
+        trunks=trunks,
+    )
+    return model
 
 
 def _trainable(name: str, model: Any, config: RTORun, mesh: Mesh | None) -> Any:

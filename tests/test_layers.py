@@ -43,6 +43,7 @@ PURE_SCHEDULE = {
         "placement",
         "lane",
         "packs",
+        "step",
         "policy",
         "cast",
         "pace",

@@ -35,19 +35,17 @@ So at a boundary with staleness 1 the next step's samples are there, written and
 are part of the state that a run goes on from (`handed_over`).
 """
 
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from rto_megatron.data.shares import deal
-from rto_megatron.schedule.lane import Lane, Pack
+from rto_megatron.schedule.lane import Pack
 from rto_megatron.schedule.packs import WaitingPacks
 from rto_megatron.schedule.placement import RoleMap
+from rto_megatron.schedule.step import Step
 from rto_megatron.schedule.work import Item, Sizes, StepInput
-
-INFINITY = float("inf")
 
 
 class Schedule:
@@ -355,50 +353,14 @@ class Schedule:
                 return pack
         raise ValueError(f"group {group} has scored {item.key}, which does not wait there")
 
-    def _step(self, number: int) -> "_Step":
+    def _step(self, number: int) -> Step:
         if number not in self._steps:
             known = self._inputs(number)
             known.check(self.sizes, step=number)
-            self._steps[number] = _Step(known, self.sizes, number)
+            self._steps[number] = Step(known, self.sizes, number)
             if self._handed_over is not None and number == self._version_at_start:
                 self._steps[number].take_over(self._handed_over)
         return self._steps[number]
-
-
-class _Step:
-    """A step that is not over."""
-
-    def __init__(self, known: StepInput, sizes: Sizes, number: int) -> None:
-        self.minibatches = known.minibatches
-        self.lanes = [Lane(sizes, known.prompt_tokens, step=number, number=lane) for lane in range(sizes.lanes)]
-        self.scored: set[int] = set()
-        self.tokens = ChainMap(*(lane.tokens for lane in self.lanes))
-        """Of each sample that has ended: prompt and response."""
-        self._shares: dict[tuple[tuple[int, ...], int], list[tuple[int, ...]]] = {}
-
-    def shares(self, samples: tuple[int, ...], hands: int) -> list[tuple[int, ...]]:
-        """Samples of a minibatch for each of some groups; each of them asks, often more than once."""
-        if (samples, hands) not in self._shares:
-            dealt = deal([self.tokens[sample] for sample in samples], hands)
-            self._shares[samples, hands] = [tuple(samples[row] for row in rows) for rows in dealt]
-        return self._shares[samples, hands]
-
-    def take_over(self, lengths: Mapping[int, int]) -> None:
-        """Its responses, of these lengths, are written and scored."""
-        for lane in self.lanes:
-            lane.write_out(lengths)
-        self.scored.update(lengths)
-
-    @property
-    def drained(self) -> bool:
-        """Whether all of its responses have ended."""
-        return all(lane.drained for lane in self.lanes)
-
-    def in_order_of_ending(self) -> tuple[int, ...]:
-        """Samples by clock, as far as none can come between them any more: to the clock that all lanes have passed."""
-        passed = min((lane.clock for lane in self.lanes if not lane.drained), default=INFINITY)
-        ended = sorted(chain.from_iterable(lane.ended for lane in self.lanes))
-        return tuple(sample for clock, sample in ended if clock <= passed)
 
 
 def _union(*groups: tuple[int, ...]) -> tuple[int, ...]:

@@ -111,12 +111,17 @@ def summarise(found: dict[str, dict], samples_per_step: int) -> dict[str, dict]:
 
 
 def collapsed(gold: np.ndarray, optimised: np.ndarray) -> list[int]:
-    """Places of the seeds whose gold ended below half of its highest while what was optimised went on rising."""
+    """Places of the seeds whose gold ended below half of its highest while what was optimised went on rising.
+
+    Gold that was never above 0 has no half to fall below.
+    """
     peaks = gold.argmax(1)
     return [
         seed
         for seed, peak in enumerate(peaks)
-        if gold[seed, -1] < gold[seed, peak] / 2 and optimised[seed, -1] > optimised[seed, peak]
+        if gold[seed, -1] < gold[seed, peak] / 2
+        and gold[seed, peak] > 0
+        and optimised[seed, -1] > optimised[seed, peak]
     ]
 
 
@@ -206,6 +211,8 @@ def _verdict(results: dict) -> str:
         reached = summary["rto"][f"samples_to_baseline_{level}"]
         if reached is None:
             text += f" RTO's mean never reaches {title}."
+        elif reached["mean"] == 0:
+            text += f" The start is not below {title}, so how soon RTO's mean reaches it says nothing."
         else:
             share = Band(*(reached[part] / total for part in ("mean", "low", "high")))
             text += f" RTO's mean reaches {title} after {share} of PPO's samples."

@@ -205,6 +205,24 @@ def test_a_seed_has_collapsed_if_its_gold_fell_by_half_while_the_return_rose():
     assert collapsed(gold, np.array([[0, 1, 2], [0, 2, 1], [0, 1, 2]])) == [0]
 
 
+def test_gold_that_was_never_above_zero_did_not_collapse():
+    assert collapsed(np.array([[-0.75, -1.0, -1.25]]), np.array([[0, 1, 2]])) == []
+
+
+def test_where_the_baseline_learned_nothing_how_soon_it_is_reached_is_not_told():
+    entry = {"samples": True, "chosen": ("--a=1",), "tried": [], "steps": [0, 1]}
+    shape = {name: [[0.0, 1.0]] * 6 for name in ("kl", "win_rate", "length", "return", "score")}
+    found = {
+        "ppo": entry | shape | {"title": "PPO", "gold": [[1.0, 0.5]] * 6},
+        "rto": entry | shape | {"title": "RTO", "gold": [[1.0, 2.0]] * 6},
+    }
+    start = {"reward_accuracy": [0.5] * 6, "dpo_accuracy": [0.5] * 6, "gold": [1.0] * 6}
+    results = {"task": "t", "seeds": [*range(6)], "samples_per_step": 10, "best": None, "start": start}
+    text = page(results | {"methods": found, "summary": summarise(found, 10), "contrasts": []})
+    assert "RTO is above PPO by gold: lead 1.50 (1.50 to 1.50). The start is not below PPO's final gold, so" in text
+    assert "of PPO's samples" not in text
+
+
 def test_a_point_that_was_not_chosen_is_shown_as_such():
     [rto] = [method for method in TASKS["bigrams"]().methods if method.name == "rto"]
     beside = rto.pinned(1)

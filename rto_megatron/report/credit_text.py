@@ -108,6 +108,9 @@ def config_for(options: Options, checkpoint: Checkpoint, critic: Path | None, ro
     words += [
         f"--rollout.max_prompt_tokens={max(len(row.prompt_ids) for row in rows)}",
         f"--rollout.max_new_tokens={max(len(row.response_ids) for row in rows)}",
+        # nothing is decoded, and a cache of the run's may not fit this window
+        "--rollout.kv_block_tokens=0",
+        "--rollout.kv_blocks=null",
         # without a critic the credit of a token is all that comes from it on
         f"--advantage.estimator={'gae' if critic else 'reinforce_pp'}",
     ]

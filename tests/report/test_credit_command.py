@@ -1,16 +1,22 @@
 """`report credit` on the command line: a run's evaluations, and a text of the user's own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from rto_megatron.__main__ import main
-from rto_megatron.config.load import load_run
+from rto_megatron.config.load import dump_run, load_run
 from rto_megatron.credit.record import QUANTITIES, file_of, write_evaluation
+from rto_megatron.data.readers import SFTRow
+from rto_megatron.distributed.checkpoint import open_checkpoint
+from rto_megatron.report.credit_options import Options
+from rto_megatron.report.credit_text import config_for
 from tests.credit.evaluations import evaluation, response
 from tests.credit.test_page import data_of
 from tests.ranks import run_ranks
 from tests.report.test_command import refused
+from tests.stages.chain import words_of
 
 
 @pytest.fixture
@@ -69,6 +75,19 @@ def test_credit_must_not_be_negative():
 def report(words):
     """In a rank process, since a page of a text starts the runtime."""
     return main(["report", "credit", *words])
+
+
+def test_a_text_may_be_longer_or_shorter_than_what_the_runs_cache_is_for(chain, tmp_path):
+    cache = ["--rollout.kv_block_tokens=300", "--rollout.max_new_tokens=400", "--rollout.kv_blocks=2"]
+    (tmp_path / "run.yaml").write_text(dump_run(load_run("rto", None, [*words_of("rto", chain), *cache])))
+    trained = open_checkpoint(chain / "dpo")
+    trained = replace(
+        trained, folder=tmp_path / "checkpoints" / "step", manifest=replace(trained.manifest, stage="rto")
+    )
+    for length in (10, 999):
+        row = SFTRow(prompt_ids=[1] * 9, response_ids=[2] * length)
+        options = Options(checkpoint=tmp_path, text=tmp_path / "mine.txt")
+        assert config_for(options, trained, None, [row]).rollout.longest == 9 + length
 
 
 def test_a_text_of_ones_own_is_read_by_the_roles(chain, tmp_path, capsys):

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rto_megatron.config.lora import LoRAConfig
 from rto_megatron.config.model import ModelConfig, RopeScaling
 from rto_megatron.distributed.collectives import gather_objects
-from rto_megatron.distributed.optimizer import Trainable, optimizer_state, sharded_weights
+from rto_megatron.distributed.optimizer import Trainable, load_optimizer_state, optimizer_state, sharded_weights
 from rto_megatron.distributed.runtime import rank, world_size
 from rto_megatron.distributed.shards import is_adapter, is_own
 from rto_megatron.errors import CheckpointError
@@ -279,7 +279,7 @@ def load_optimizer(trainable: Trainable | None, checkpoint: Checkpoint, role: st
     try:
         loaded: Any = dist_checkpointing.load(state, folder, strict="raise_all")
         if trainable is not None:
-            trainable.optimizer.load_state_dict(loaded["optimizer"])
+            load_optimizer_state(trainable, loaded["optimizer"])
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: cannot be loaded into this optimizer ({error})") from None
 

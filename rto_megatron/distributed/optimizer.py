@@ -124,6 +124,18 @@ def optimizer_state(trainable: Trainable, *, loading: bool = False) -> dict[str,
     return trainable.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=kind)
 
 
+def load_optimizer_state(trainable: Trainable, state: Any) -> None:
+    """Take up what `optimizer_state` describes, once it is read.
+
+    Each library's Adam keeps settings of its own in its parameter groups (as `bias_correction`), and torch takes groups
+    over as they were written: what this library's looks for and another's did not write gets its default.
+    """
+    trainable.optimizer.load_state_dict(state)
+    for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+        for group in part.optimizer.param_groups:
+            group.update({name: value for name, value in part.optimizer.defaults.items() if name not in group})
+
+
 def _gather_in_mesh(mesh: Mesh, found: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:
     """`all_gather_object` over the ranks of the mesh, where Megatron means the world."""
     assert group is None

@@ -107,6 +107,21 @@ def test_a_run_goes_from_placement_to_placement_and_back_with_every_bit(tmp_path
             assert_same(found, want)
 
 
+def load_with_a_setting_more(run_dir):
+    """A checkpoint of ours into an Adam that looks for a setting in its groups which ours does not write."""
+    save(ON_ONE, run_dir)
+    trainable = place(ON_ONE, True)["critic"]
+    (part,) = trainable.optimizer.chained_optimizers
+    part.optimizer.defaults["bias_correction"] = True
+    load_optimizer(trainable, open_checkpoint(run_dir), "critic")
+    return [(group["bias_correction"], group["step"]) for group in part.optimizer.param_groups]
+
+
+def test_another_librarys_adam_finds_its_own_settings(tmp_path):
+    (found,) = run_ranks(load_with_a_setting_more, 1, tmp_path)
+    assert found == [(True, 2)] * len(found)
+
+
 def loss(output, batch):
     total = -output[..., 0].sum() / 16
     return total, total.detach()[None]

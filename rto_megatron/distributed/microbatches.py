@@ -36,6 +36,8 @@ class Batch(Protocol):
 class PackedRows(PackedSeqParams):
     """Where rows begin and end in what is packed, and which tokens are asked about."""
 
+    lengths: tuple[int, ...] = ()
+    """Tokens of each row, as `cu_seqlens_q` says on the device: who must know them need not wait for it."""
     read: Tensor | None = None
     """[n] int64: places whose hidden states leave a model's last layer, which may spare itself the others; None for
     all."""
@@ -132,7 +134,7 @@ def pack(record: Any, *, multiple: int = 1) -> Microbatch:
         response_mask=asked,
         packed_seq_params=PackedRows(
             qkv_format="thd", cu_seqlens_q=ends, cu_seqlens_kv=ends,
-            max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
+            max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths), lengths=tuple(lengths),
         ),
         places=places,
     )  # fmt: skip

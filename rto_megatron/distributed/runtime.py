@@ -188,6 +188,9 @@ def start_runtime(*, threads: int, deterministic: bool = False, timeout: timedel
         torch.use_deterministic_algorithms(True)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
+        # newer torch prefers it on Hopper, and cuDNN builds a plan for each new shape: rows have any length here, and
+        # each decode step is one token wider
+        torch.backends.cuda.enable_cudnn_sdp(False)
         has_engine = check_transformer_engine()
         runtime = Runtime(_take_gpu(), "nccl", has_engine, has_fused_gradients=has_nvidia_apex())
         if not has_engine and not has_nvidia_apex():

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rto_megatron.distributed.context import chunks_of, keys_of_all
+from rto_megatron.distributed.microbatches import PackedRows
 from rto_megatron.models.elementwise import rotate
 
 
@@ -114,7 +115,7 @@ class CausalAttention(MegatronModule):
         key: Tensor,
         value: Tensor,
         *_: Any,
-        packed_seq_params: PackedSeqParams | None = None,
+        packed_seq_params: PackedRows | None = None,
         **__: Any,
     ) -> Tensor:
         """[T, B, heads, d], [T, B, kv heads, d] twice -> [T, B, heads * d]; T of this context rank's columns.
@@ -124,8 +125,7 @@ class CausalAttention(MegatronModule):
         group = self.context_group
         if packed_seq_params is not None:
             assert group.size() == 1, "a context rank has two chunks of every row, not of all together"
-            lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
-            rows = zip(*(x.split(lengths) for x in (query, key, value)), strict=True)
+            rows = zip(*(x.split(packed_seq_params.lengths) for x in (query, key, value)), strict=True)
             return torch.cat([self._attend(*row) for row in rows]).flatten(2)
         if group.size() == 1:
             out = self._attend(query, key, value)

@@ -54,6 +54,7 @@ def draw(name: str, evaluations: Sequence[Evaluation], notes: Iterable[str] = ()
         data={
             "sides": [{"name": visible(e.name), "coefs": e.coefs} for e in evaluations],
             "quantities": quantities(evaluations),
+            "ratio": _ratio(evaluations),
             "items": kept,
         },
     )
@@ -89,7 +90,7 @@ def tiles(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     rows: dict[str, list[float | None]] = {
         "score": [_mean(r.score for r in e.responses) for e in evaluations],
         "DPO reward": [_mean(_total(r, "dpo") for r in e.responses) for e in evaluations],
-        "KL, nats": [_mean(_total(r, "log_ratio") for r in e.responses) for e in evaluations],
+        f"{_ratio(evaluations)}, nats": [_mean(_total(r, "log_ratio") for r in e.responses) for e in evaluations],
         "tokens": [_mean(len(r.pieces) for r in e.responses) for e in evaluations],
         "truncated": [_mean(float(r.truncated) for r in e.responses) for e in evaluations],
     }
@@ -98,6 +99,11 @@ def tiles(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         for name, numbers in rows.items()
         if any(number is not None for number in numbers)
     ]
+
+
+def _ratio(evaluations: Sequence[Evaluation]) -> str:
+    """What a response's log-ratios add up to."""
+    return "KL" if all(evaluation.sampled for evaluation in evaluations) else "log-ratio"
 
 
 def _mean(values: Iterable[Number]) -> float | None:

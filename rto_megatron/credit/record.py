@@ -63,6 +63,8 @@ class Evaluation:
     """`dpo_coef`, `kl_coef` and `score_coef` of the token rewards."""
     num_prompts: int
     """Prompts of the evaluation; fewer may be stored."""
+    sampled: bool = True
+    """Whether the policy wrote the responses: only then is the sum of a log-ratio a sample of the KL."""
     responses: list[Response] = field(default_factory=list)
 
 
@@ -77,7 +79,7 @@ QUANTITIES = {
     "value": ("value", "reward units", "what the critic expects to come, before it sees the token"),
     "advantage": ("advantage", "reward units", "how much better than expected, before whitening"),
     "dpo_log_ratio": ("DPO log-ratio", "nats", "log pi_dpo - log pi_ref, without clip or coefficient"),
-    "log_ratio": ("log-ratio", "nats", "log pi - log pi_ref: how far the policy has moved; its sum is the KL"),
+    "log_ratio": ("log-ratio", "nats", "log pi - log pi_ref; its sum over what the policy wrote is a sample of the KL"),
     "log_prob": ("log-prob", "nats", "log pi of the token"),
 }
 """Column -> its name, unit and meaning, in the order in which a page offers them."""

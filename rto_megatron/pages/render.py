@@ -25,7 +25,8 @@ def visible(text: str) -> str:
     """Text in which nothing hides and nothing turns what stands beside it around.
 
     Control characters become their pictures, and marks that reorder or hide text become their numbers. Letters of all
-    scripts, and the joiners that emoji and Persian need, stay; so do line feeds and tabs.
+    scripts stay, and so do the joiners that emoji and Persian need, the two selectors that say whether a sign is an
+    emoji, line feeds and tabs.
     """
     return text.translate(_VISIBLE)
 
@@ -38,15 +39,25 @@ _VISIBLE = (
         for code in (
             *range(0x80, 0xA0),
             0x00AD,
+            0x034F,
             0x061C,
+            0x115F,
+            0x1160,
+            *range(0x17B4, 0x17B6),
+            *range(0x180B, 0x1810),
             0x200B,
             0x200E,
             0x200F,
             *range(0x2028, 0x202F),
             *range(0x2060, 0x2070),
+            0x3164,
+            *range(0xFE00, 0xFE0E),
             0xFEFF,
+            0xFFA0,
             *range(0xFFF9, 0xFFFC),
+            *range(0x1D173, 0x1D17B),
             *range(0xE0000, 0xE0080),
+            *range(0xE0100, 0xE01F0),
         )
     }
     | dict.fromkeys(range(0xD800, 0xE000), "\ufffd")

@@ -24,7 +24,7 @@ from rto_megatron.report.credit_options import Options
 from rto_megatron.rollout.experience import sentence_ends_of
 from rto_megatron.stages.actors import load_judges, score_rollout
 from rto_megatron.stages.roles import load_role, tokenizer_of
-from rto_megatron.stages.rules import check_run
+from rto_megatron.stages.rules import check_run, roles_of
 
 ROLES = ("reference", "dpo", "reward_model")
 ANY_LENGTH = 1 << 30
@@ -42,6 +42,7 @@ def evaluate_text(options: Options) -> Evaluation:
     rows, prompts = read_responses(options.text, options.prompt, tokenizer)
     critic = options.critic or (options.checkpoint if "critic" in checkpoint.manifest.models else None)
     config = config_for(options, checkpoint, critic, rows)
+    check_lengths(options.text, rows, config)
     check_run(config, 1)
     mesh = build_mesh(config.parallel, start_runtime(threads=config.compute.threads), seed=config.seed)
     cut = {"parallel": config.parallel, "compute": config.compute, "temperature": config.rollout.log_prob_temperature}
@@ -68,6 +69,7 @@ def evaluate_text(options: Options) -> Evaluation:
         step=checkpoint.manifest.step,
         coefs={"dpo_coef": config.rto.dpo_coef, "kl_coef": kl_coef, "score_coef": config.rto.score_coef},
         num_prompts=len(responses),
+        sampled=False,
         responses=responses,
     )
 
@@ -105,9 +107,11 @@ def config_for(options: Options, checkpoint: Checkpoint, critic: Path | None, ro
     given = {name: path for name in ROLES if (path := getattr(options, name)) is not None}
     words = [f"--{name}={path}" for name, path in given.items()]
     words += [f"--policy={options.checkpoint}", f"--run_dir={options.text}.credit", f"--data.train={options.text}"]
+    longest = max(len(row.prompt_ids) + len(row.response_ids) for row in rows)
+    longest_response = max(len(row.response_ids) for row in rows)
     words += [
-        f"--rollout.max_prompt_tokens={max(len(row.prompt_ids) for row in rows)}",
-        f"--rollout.max_new_tokens={max(len(row.response_ids) for row in rows)}",
+        f"--rollout.max_prompt_tokens={longest - longest_response}",  # together what the longest row has
+        f"--rollout.max_new_tokens={longest_response}",
         # nothing is decoded, and a cache of the run's may not fit this window
         "--rollout.kv_block_tokens=0",
         "--rollout.kv_blocks=null",
@@ -125,6 +129,18 @@ def config_for(options: Options, checkpoint: Checkpoint, critic: Path | None, ro
                 "and only an rto run knows its reference and DPO runs"
             )
     return load_run("rto", None, words if "reward_model" in given else [*words, "--rto.score_coef=0"])
+
+
+def check_lengths(path: Path, rows: list[SFTRow], config: RTORun) -> None:
+    """Raise DataError if a row is longer than one of the roles can see."""
+    for role in roles_of(config):
+        most = open_checkpoint(role.path).manifest.architecture_for(role.kind).max_length
+        for number, row in enumerate(rows, 1):
+            if len(row.prompt_ids) + len(row.response_ids) > most:
+                raise DataError(
+                    f"{path}: row {number} must have at most the {most} tokens that the {role.name} ({role.path}) can "
+                    f"see, got {len(row.prompt_ids)} of the prompt and {len(row.response_ids)} of the response; cut it"
+                )
 
 
 def as_rollout(rows: list[SFTRow], pad_id: int) -> Rollout:

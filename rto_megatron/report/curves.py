@@ -136,7 +136,7 @@ def groups_of(names: Sequence[str], pattern: str | None) -> list[str]:
         cut = re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"group must be a regular expression, got {pattern!r}: {error}") from None
-    return [cut.sub("", name).strip("/") or name for name in names]
+    return [re.sub("/{2,}", "/", cut.sub("", name)).strip("/") or name for name in names]
 
 
 def page(runs: Sequence[Curves], groups: Sequence[str], *, metric: str | None = None) -> str:

@@ -190,8 +190,12 @@ def test_a_large_page_draws_what_is_in_view_and_more_on_the_way(browser, tmp_pat
 
 
 def test_a_phone_needs_no_sideways_scrolling_and_dark_is_dark(tmp_path):
-    (tmp_path / "credit.html").write_text(draw("run", [evaluation(0), evaluation(12)]))
+    later = [response(i, ["word "] * 300, truncated=True) for i in range(3)]
+    (tmp_path / "credit.html").write_text(draw("run", [evaluation(0), evaluation(12, later)]))
     with chromium(dark=True, width=500, height=800) as browser:
         browser.open(tmp_path / "credit.html")
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+        assert "tokens 300 (+297), truncated" in browser.run(f"return document.querySelector('{FIRST}').textContent")
+        browser.run("scrollTo(0, document.body.scrollHeight)")
+        assert browser.run("return document.querySelector('.bar').getBoundingClientRect().bottom < 0"), "in the way"
         assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 27)"

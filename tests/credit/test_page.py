@@ -78,7 +78,15 @@ def test_what_hides_or_reorders_is_shown_and_letters_stay():
     assert visible("a\0b\x1b\x7f\r") == "a\u2400b\u241b\u2421\u240d"
     assert visible("\u202egnp") == "\u27e8U+202E\u27e9gnp"
     assert visible("\ud83d") == "\ufffd"
-    for text in ("a\n\tb", "\u05e9\u05dc\u05d5\u05dd", "\U0001f469\u200d\U0001f467", "\u0645\u06cc\u200c\u062e"):
+    hidden = "\u034f\u115f\u1160\u17b4\u180e\u3164\ufe00\uffa0\U0001d173\U000e0041\U000e0100"
+    assert visible(hidden) == "".join(f"\u27e8U+{ord(sign):04X}\u27e9" for sign in hidden)
+    for text in (
+        "a\n\tb",
+        "\u05e9\u05dc\u05d5\u05dd",
+        "\U0001f469\u200d\U0001f467",
+        "\u2764\ufe0f",
+        "\u0645\u06cc\u200c\u062e",
+    ):
         assert visible(text) == text
 
 

@@ -100,6 +100,7 @@ def test_a_text_of_ones_own_is_read_by_the_roles(chain, tmp_path, capsys):
     items = data_of((tmp_path / "page.html").read_text())["items"]
     assert [item["prompt"] for item in items] == ["Where is the cat?", "Hm?"]
     side = items[0]["sides"][0]
+    assert data_of((tmp_path / "page.html").read_text())["ratio"] == "log-ratio", "the policy did not write it: no KL"
     assert "".join(side["pieces"]) == "I am fine \U0001f600<|end|>"
     assert list(side["columns"]) == list(QUANTITIES)
     assert side["columns"]["log_ratio"] == side["columns"]["dpo_log_ratio"], "the policy is the DPO policy"
@@ -128,3 +129,15 @@ def test_what_a_text_needs_is_told(chain, tmp_path, capsys, name, words, message
     (tmp_path / "mine.jsonl").write_text('{"prompt": "Hm?", "response": "no"}\n')
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     assert message in refused(capsys, "credit", f"--checkpoint={chain}/dpo", f"--text={tmp_path / name}", *words)
+
+
+def test_a_row_that_is_longer_than_a_role_sees_is_named_and_rows_that_fit_are_not_added_up(chain, tmp_path, capsys):
+    roles = [f"--reference={chain}/sft", f"--dpo={chain}/dpo"]
+    texts = tmp_path / "mine.jsonl"
+    rows = [{"prompt": "a", "response": "no " * 15}, {"prompt": "a " * 15, "response": "no"}]
+    words = [f"--checkpoint={chain}/dpo", f"--text={texts}", *roles]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_ranks(report, 1, words) == [0]
+    rows.append({"prompt": "a", "response": "no " * 70})
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "row 3 must have at most the 64 tokens that the reference" in refused(capsys, "credit", *words)

@@ -89,6 +89,7 @@ def test_names_are_paths_without_what_all_have_in_common():
     [
         (["rto-seed1", "rto_seed_2", "ppo.seed3"], curves.SEED, ["rto", "rto", "ppo"]),
         (["seed1/rto", "seed2/rto"], curves.SEED, ["rto", "rto"]),
+        (["study/seed-1/rto", "study/seed-2/ppo"], curves.SEED, ["study/rto", "study/ppo"]),
         (["rto", "rto2"], curves.SEED, ["rto", "rto2"]),
         (["seed1", "seed2"], curves.SEED, ["seed1", "seed2"]),
         (["rto-a", "rto-b"], "-[ab]$", ["rto", "rto"]),
@@ -186,4 +187,7 @@ def test_the_page_draws_means_bands_and_smoothing_over_any_axis(tmp_path):
         browser.press("\ue014", "\ue014")
         assert browser.run("return document.getElementById('tip').textContent") == "step 1rto4 (2 to 6, 2 runs)"
         assert browser.run("return document.querySelector('#last tbody tr').textContent") == "rto228412" + "5.657"
+        browser.run("document.getElementById('metric').append(new Option('memory/critic_predicted_'.repeat(4)))")
+        browser.resize(500, 800)
+        assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), "a long name widens no phone"
         assert problems(browser) == []

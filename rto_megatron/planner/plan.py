@@ -1,6 +1,6 @@
 """`python -m rto_megatron plan --model=llama3-8b --nodes=8 --gpu=h100`: the fastest maps and layouts, by simulation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -70,7 +70,7 @@ def main(path: Path | None, words: list[str]) -> int:
         samples=options.samples,
         minibatch=options.minibatch,
         max_staleness=options.max_staleness,
-        roles=REUSED if options.reuse_log_probs else SCORED,
+        roles=replace(REUSED if options.reuse_log_probs else SCORED, forwards=2.0 if options.lora_rank else 3.0),
         saving=Saving(lora_rank=options.lora_rank, offload_frozen=options.offload_frozen),
     )
     _show(Console(), options, found, workload)

@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
 from rto_megatron.config.load import load_run, print_options, split_options
@@ -113,9 +114,10 @@ def _roles(config: RTORun, workload: Workload, sizes: Sizes) -> Roles:
     rollout, scored = config.rollout, float(len(roles_of(config)))
     if rollout.reuse_log_probs:
         scored -= 1 - min(1.0, rollout.check_rows / sizes.samples)
+    adapters = [config.lora, config.critic_lora][: 2 if config.advantage.estimator == "gae" else 1]
     return Roles(
         scored=scored,
-        forwards=4.0 if config.compute.recompute == "full" else 3.0,
+        forwards=fmean(3.0 - (lora is not None) for lora in adapters) + (config.compute.recompute == "full"),
         padding=padded_tokens(totals, config.compute.cut) / sum(totals),
         one_stream=config.schedule.map != "sequential",
     )

@@ -5,8 +5,8 @@ Symbols: N parameters that tokens are multiplied with, L layers, h hidden size, 
     decode     max(read weights and cache, 2 N tokens) / t, and 2 L all-reduces of t ranks, and the host, each step
     prefill    (2 N + attention) tokens / ranks, and all-reduces of many tensor ranks; score the same for each model
     proximal   one forward of the policy, a share each
-    train      3 forwards (4 with full recompute) of each model that learns, stretched by filling and draining the
-               pipeline: once for both models, or once each (`pipeline_time.py`)
+    train      3 forwards of each model that learns (one more with full recompute, one less for adapters), stretched by
+               filling and draining the pipeline: once for both models, or once each (`pipeline_time.py`)
     optimizer  gradients out and weights in, over the node's network cards; a part hides behind the backward pass
     refit      one copy of the weights into every node; a scorer that trains copies within its own memory
     boundary   where a group does all: weights take the layout of the engines, and its cache comes and goes
@@ -124,7 +124,8 @@ class Roles:
     proximal: int = 1
     """Forwards of a proximal item; 0 where it is interpolated instead."""
     forwards: float = 3.0
-    """Of a trained token: forward and backward; 4 with full recompute."""
+    """Of a trained token, mean of the models that learn: forward and backward; one more with full recompute, and one
+    less for adapters: frozen weights have no gradient."""
     padding: float = 1.0
     """Tokens that are computed for each one that counts, in scoring and training; 1 where sequences are packed."""
     one_stream: bool = True

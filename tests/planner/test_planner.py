@@ -311,6 +311,18 @@ def test_simulate_asks_the_policy_about_checked_rows_only_where_log_probs_are_re
     assert shares == pytest.approx(4.25 / 5, rel=1e-2)
 
 
+def test_adapters_train_without_the_gradients_of_frozen_weights(chain, capsys):
+    def train(*words):
+        assert main(["simulate", *words_of("rto", chain), *words]) == 0
+        return float(re.search(r"\| train +\| +([\d.e-]+) \|", capsys.readouterr().out)[1])
+
+    both, lora, critic_lora = train(), "--lora.rank=2", "--critic_lora.rank=2"
+    assert train("--compute.recompute=full") / both == pytest.approx(4 / 3, rel=1e-2)
+    assert train(lora) / both == pytest.approx(2.5 / 3, rel=1e-2)
+    assert train(lora, critic_lora, "--compute.recompute=full") / both == pytest.approx(1, rel=1e-2)
+    assert train(lora, "--advantage.estimator=reinforce_pp") / both == pytest.approx(2 / 6, rel=1e-2)
+
+
 def test_simulate_reads_map_and_layouts_from_the_schedule_of_the_run(chain, capsys):
     words = ["map=split", "rollout_ranks=2", "rollout.tensor=2", "critic_ranks=1", "staleness=1", "minibatches=logical"]
     assert main(["simulate", *words_of("rto", chain), *(f"--schedule.{word}" for word in words)]) == 0

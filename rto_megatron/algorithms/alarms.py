@@ -46,9 +46,12 @@ def term_share(numbers: Numbers, config: RTORun) -> str | None:
     if not low:
         return ""
     name, share = next(iter(low.items()))
+    all_shares = {term: _known(numbers, f"reward/{term}_share") or 0.0 for term in ("dpo", "kl", "score")}
+    largest = max(all_shares, key=lambda term: all_shares[term])
     return (
         f"the {name} term is {share:.2%} of the return (at least {limit:.2%}), so the run learns as if it were not "
-        f"there; raise rto.{name}_coef{' or rto.dpo_clip' if name == 'dpo' else ''}, or lower what drowns it"
+        f"there; raise rto.{name}_coef{' or rto.dpo_clip' if name == 'dpo' else ''}, or lower rto.{largest}_coef, "
+        f"whose term is {all_shares[largest]:.1%}"
     )
 
 

@@ -47,7 +47,8 @@ def arena_hard(name: str, labels: Sequence[dict[str, str]], responses: Sequence[
     """data/BENCH/model_answer/NAME.jsonl of Arena-Hard: an answer a line, by question_id.
 
     Args:
-        num_tokens: of each response, by the policy's own tokenizer; Arena-Hard's style control reads it.
+        num_tokens: of each response, by the policy's own tokenizer; Arena-Hard shows their mean. What its style control
+            reads, `conv_metadata`, is made from the answers by a script of its own.
     """
     now = time.time()
     rows = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rto_megatron.algorithms.alarms import FIRST_ENTROPY, hear
+from rto_megatron.algorithms.alarms import FIRST_ENTROPY, Heard, hear
 from rto_megatron.algorithms.kl import adapt_kl_coef
 from rto_megatron.config.run import RTORun, stage_of
 from rto_megatron.data.readers import Dropped, PromptRow, read_prompts
@@ -93,11 +93,14 @@ class Course:
         """Write a step's numbers, the same on all ranks, and go to the next."""
         assert self._extra is not None, "begin_step comes first"
         numbers = self._extra | numbers | {"kl/coef": self.kl_coef}
-        numbers |= self._alarms(numbers)
+        heard = self._hear(numbers)
+        numbers |= heard.metrics()
         if self.memory is not None and (self.memory.is_counting or self.at.step + 1 == self.config.num_steps):
             numbers |= self.memory.numbers()
         self.running.log.write(self.at.step, numbers)
         self.shown.done(self.at.step, {label: numbers[metric] for label, metric in SHOWN.items()})
+        for line in heard.lines:  # below the step that they are about
+            self.running.console.say(line)
         self.at.kl_coef = adapt_kl_coef(
             self.kl_coef,
             observed_kl=numbers["kl/sequence"],
@@ -107,16 +110,14 @@ class Course:
         )
         self.at.step += 1
 
-    def _alarms(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Say which health alarms begin or end; `alarm/*`."""
+    def _hear(self, numbers: dict[str, float]) -> Heard:
+        """Which health alarms ring, begin and end."""
         if self.at.first_entropy is None:
             self.at.first_entropy = numbers["ppo/entropy"]
         known = numbers | {FIRST_ENTROPY: self.at.first_entropy}
         heard = hear(known, self.config, self.at.alarms, step=self.at.step)
         self.at.alarms = heard.states
-        for line in heard.lines:
-            self.running.console.say(line)
-        return heard.metrics()
+        return heard
 
 
 @contextmanager

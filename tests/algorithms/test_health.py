@@ -123,6 +123,12 @@ def test_a_healthy_batch_rings_nothing_and_every_alarm_can_tell():
     assert {name: judge(numbers, run) for name, judge in ALARMS.items()} == dict.fromkeys(ALARMS, "")
 
 
+def test_a_term_that_is_drowned_is_told_by_which():
+    shares = {"reward/dpo_share": 0.9, "reward/kl_share": 0.0995, "reward/score_share": 0.0005}
+    told = begins(shares, config())["term_share"]
+    assert "the score term is 0.05%" in told and "or lower rto.dpo_coef, whose term is 90.0%" in told
+
+
 def test_of_the_quickstart_only_its_dpo_policy_rings():
     """Its worst numbers on the way, as measured on CPU; its DPO run is no better than a coin on 47 pairs."""
     numbers = {

@@ -17,7 +17,7 @@ def train(chain, run_dir, parts):
     with contextlib.redirect_stdout(told):
         for num_steps in parts:
             run_stage("rto", chain, [f"--run_dir={run_dir}", *BROKEN, f"--num_steps={num_steps}"])
-    return [line for line in told.getvalue().splitlines() if line.startswith("alarm")]
+    return [line for line in told.getvalue().splitlines() if line.startswith(("alarm", "rto "))]
 
 
 def accuracies(chain):
@@ -45,6 +45,10 @@ def test_an_alarm_is_told_once_and_a_run_that_goes_on_knows_of_it(chain, tmp_pat
     assert [line.partition(": ")[0] for line in told if "decode_mismatch" in line] == [
         "alarm decode_mismatch at step 2"
     ]
+    places = {line.split(":")[0].split("  ")[0]: place for place, line in enumerate(told)}
+    assert places["rto 3/4"] < places["alarm decode_mismatch at step 2"] < places["rto 4/4"], (
+        "below the line of its step"
+    )
     rings = [row["alarm/decode_mismatch"] for row in rows_of(tmp_path / "parts") if "alarm/decode_mismatch" in row]
     assert rings == [0, 0, 1, 1]
 

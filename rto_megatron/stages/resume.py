@@ -67,6 +67,10 @@ NEWER = {
     "dpo.length_coef": 0.0,
     "dpo.margin": 0.0,
     "dpo.drift_coef": 0.5,
+    "drto.radius": 0.0,
+    "drto.divergence": "kl",
+    "drto.span_tokens": 8,
+    "rollout.kv_block_tokens": 0,
 }
 """Settings that a run of an earlier version does not name, and what it did."""
 

@@ -1,5 +1,8 @@
 """Steps of few sizes give what steps of any size give."""
 
+import gc
+import weakref
+
 import torch
 
 from rto_megatron.distributed.runtime import Recording
@@ -37,6 +40,19 @@ def test_rows_and_places_are_padded_and_nothing_else_changes(monkeypatch):
     assert sorted(steps._made) == [(4, 8), (4, 12), (4, 16)]
     steps.run([2 * 100 + 11], [11], CPU)
     assert len(steps._made) == 4
+
+
+def test_a_cache_goes_with_the_last_one_who_needs_it():
+    sequences, cache = [random_sequence(4, 0)], make_cache(num_slots=1)
+    prefill(cache, sequences, [2])
+    steps, seen = RecordedSteps(OneLayer(sequences), cache, num_slots=1, max_length=16), weakref.ref(cache)
+    steps.run([2], [2], CPU)
+    gc.disable()  # or it may find a cycle in time
+    try:
+        del steps, cache
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_a_recording_reads_its_tensors_anew():

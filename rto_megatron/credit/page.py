@@ -137,6 +137,7 @@ def _items(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
 
 
 def _shown(response: Response) -> dict[str, Any]:
+    is_cut = len(response.pieces) > MOST_SHOWN
     return {
         "score": response.score,
         "truncated": response.truncated,
@@ -144,6 +145,8 @@ def _shown(response: Response) -> dict[str, Any]:
         "pieces": [visible(piece) for piece in response.pieces[:MOST_SHOWN]],
         "specials": [place for place in response.specials if place < MOST_SHOWN],
         "columns": {name: [_short(v) for v in values[:MOST_SHOWN]] for name, values in response.columns.items()},
+        # of all tokens, where the page cannot add up what it does not have
+        "sums": {name: _short(_total(response, name)) for name in response.columns} if is_cut else {},
     }
 
 

@@ -103,11 +103,12 @@ def test_a_large_run_stays_below_the_limit_and_says_so(monkeypatch):
     assert f"{len(shown)} of 200 prompts are shown" in text
 
 
-def test_an_endless_response_is_cut_and_its_length_told(monkeypatch):
+def test_an_endless_response_is_cut_and_its_length_and_sums_are_told(monkeypatch):
     monkeypatch.setattr(page_module, "MOST_SHOWN", 2)
     side = data_of(draw("run", [evaluation(0, [response(specials=[0, 2])])]))["items"][0]["sides"][0]
     assert (side["length"], side["pieces"], side["specials"]) == (3, ["I", " am"], [0])
     assert len(side["columns"]["dpo"]) == 2
+    assert (side["sums"]["dpo"], side["sums"]["log_ratio"]) == (0.01, 0.3), "of all three"
 
 
 def test_prompts_that_were_not_stored_are_told():

@@ -1,6 +1,7 @@
 """Decode steps of few sizes, each recorded once and launched as a whole: a step's time is else that of its launches."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,19 +40,21 @@ class RecordedSteps:
         now = tokens, *self._cache.decode_plan
         if size not in self._made:
             own = tuple(tensor.clone() for tensor in now)
-            self._made[size] = Recording(lambda: self._pass(own), device), own
+            # of nothing that refers back here: the cache's memory goes with its batch, not when Python looks for cycles
+            self._made[size] = Recording(partial(_pass, self._forward, self._cache, own), device), own
         recording, own = self._made[size]
         for held, new in zip(own, now, strict=True):
             held.copy_(new)
         return recording.again()[: len(ids)]
 
-    def _pass(self, held: tuple[Tensor, ...]) -> Tensor:
-        tokens, *plan = held
-        self._cache.decode_plan = tuple(plan)
-        hidden = self._forward.run(tokens, self._cache)
-        assert hidden is not None, "one stage is the last"
-        return hidden
-
     def _size(self, num_rows: int, width: int) -> tuple[int, int]:
         rows = min(1 << (num_rows - 1).bit_length(), self._num_slots)
         return rows, min(-(-width // WIDTH) * WIDTH, self._max_length)
+
+
+def _pass(forward: ForwardPass, cache: KVCache, held: tuple[Tensor, ...]) -> Tensor:
+    tokens, *plan = held
+    cache.decode_plan = tuple(plan)
+    hidden = forward.run(tokens, cache)
+    assert hidden is not None, "one stage is the last"
+    return hidden

@@ -7,12 +7,18 @@ import re
 import resource
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
+import yaml
 
-from rto_megatron.errors import CheckpointError, UserError
+from rto_megatron.config.algorithm import DRTOConfig
+from rto_megatron.config.load import load_run
+from rto_megatron.distributed.checkpoint import digest_of, file_hash
+from rto_megatron.errors import CheckpointError, ConfigError, UserError
+from rto_megatron.stages.resume import find_own
 from tests.ranks import run_ranks
-from tests.stages.chain import run_stage
+from tests.stages.chain import run_stage, words_of
 from tests.stages.test_resume import result, train, train_until_asked, words
 
 
@@ -192,6 +198,22 @@ def test_a_run_that_would_not_be_the_same_does_not_go_on(change, message, chain,
     said = run_ranks(what_it_says, 1, "rto", chain, words("rto", half, change.format(chain=chain)))[0]
     assert re.search(message, said), said
     assert before == ((half / "run.yaml").read_bytes(), (half / "tensorboard" / "metrics.jsonl").read_bytes())
+
+
+def test_a_run_goes_on_that_began_before_there_were_some_settings(chain, half):
+    manifest = newest(half) / "checkpoint.json"
+    begun = json.loads(manifest.read_text())
+    settings = yaml.safe_load(begun["config"])
+    del settings["drto"], settings["rollout"]["kv_block_tokens"], settings["rollout"]["kv_blocks"]
+    manifest.write_text(json.dumps(begun | {"config": yaml.safe_dump(settings)}))
+    integrity = manifest.with_name("integrity.json")
+    written = json.loads(integrity.read_text())
+    files = written["files"] | {manifest.name: file_hash(manifest)}
+    integrity.write_text(json.dumps(written | {"files": files, "digest": digest_of(files)}))
+    config = load_run("rto", None, [*words_of("rto", chain), *words("rto", half)])
+    assert find_own(config, "rto").manifest.step == 2
+    with pytest.raises(ConfigError, match=r"drto\.radius is 0\.1, but the run in .* began with 0\.0"):
+        find_own(replace(config, drto=DRTOConfig(radius=0.1)), "rto")
 
 
 def test_weights_alone_are_taken_up_only_when_asked_for(chain, half):

@@ -155,7 +155,16 @@ def environment_alone() -> dict[str, str]:
 
 
 def prepare_imports() -> None:
-    """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras."""
+    """Make `import megatron.core` safe and quiet: no broken Transformer Engine, no warnings about absent extras.
+
+    A rank of torchrun takes its GPU here.
+    """
+    # Megatron asks for it with tensor parallelism: kernels then start in the order in which they overlap. Before
+    # Transformer Engine comes, which looks at the GPU where flash-attn is there: each rank's at its own
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    local_rank = int(os.environ.get("LOCAL_RANK", "-1"))
+    if torch.cuda.is_available() and 0 <= local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
     check_transformer_engine()
     for start, _why in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=re.escape(start))
@@ -180,8 +189,6 @@ def start_runtime(*, threads: int, deterministic: bool = False, timeout: timedel
     if _running is not None:
         return _running
     prepare_imports()
-    # Megatron asks for it with tensor parallelism: kernels then start in the order in which they overlap.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     if deterministic:  # before the first call to a GPU library: they read the environment once
         os.environ.update(DETERMINISTIC)
         os.environ.setdefault("NCCL_ALGO", "Ring")

@@ -190,4 +190,11 @@ def test_the_page_draws_means_bands_and_smoothing_over_any_axis(tmp_path):
         browser.run("document.getElementById('metric').append(new Option('memory/critic_predicted_'.repeat(4)))")
         browser.resize(500, 800)
         assert browser.run("return document.documentElement.scrollWidth <= innerWidth"), "a long name widens no phone"
+        # of a run alone and then two seeds: no line lies below a band
+        assert main(["report", "curves", *map(str, runs[::-1]), f"--out={out}", "--metric=reward/score_sum"]) == 0
+        browser.open(out)
+        order = "return [...document.querySelectorAll('#plot path')].map(path => path.getAttribute('class'))"
+        assert browser.run(order) == ["band", "mean", "mean"]
+        ticks = "return [...document.querySelectorAll('#plot text[text-anchor=middle]')].map(tick => tick.textContent)"
+        assert browser.run(ticks) == ["0", "1", "2"], "there is no half of a step"
         assert problems(browser) == []

@@ -191,7 +191,8 @@ def page(results: dict) -> str:
         lines += ["Settings in brackets were not chosen by the grid: they were run after the others had been seen.", ""]
     lines += [_verdict(results), ""]
     lines += ["![Gold against samples](gold-samples.svg)", "", "![Gold against KL](gold-kl.svg)", ""]
-    lines += ["## What makes the difference", "", *_differences(results), ""]
+    if results["contrasts"]:
+        lines += ["## What makes the difference", "", *_differences(results), ""]
     lines += ["## What the methods were given", "", *_inputs(start), ""]
     lines += ["## Reward hacking", "", *_hacking(results), ""]
     tried = any(entry["tried"] for entry in methods.values())

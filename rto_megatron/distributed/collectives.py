@@ -89,12 +89,9 @@ def meetings(sets: Iterable[tuple[int, ...]]) -> Callable[[tuple[int, ...], floa
     Returns:
         (ranks, a number) -> the largest number that one of them brought, once all of them have called.
     """
-    # by members alone: torch 2.13 has the others split the world's NCCL communicator, where it is bound to a device,
-    # and they would wait for members that make a group in host memory
-    groups = {
-        ranks: dist.new_group(list(ranks), backend=HOST_BACKEND, use_local_synchronization=True)
-        for ranks in sorted(sets)
-    }
+    # not by members alone (use_local_synchronization): torch then names a group by how many groups a rank is in, so that
+    # members which differ in that wait for each other for ever
+    groups = {ranks: dist.new_group(list(ranks), backend=HOST_BACKEND) for ranks in sorted(sets)}
 
     def largest(ranks: tuple[int, ...], number: float) -> float:
         known = torch.tensor(number, dtype=torch.float64)

@@ -89,8 +89,8 @@ def meetings(sets: Iterable[tuple[int, ...]]) -> Callable[[tuple[int, ...], floa
     Returns:
         (ranks, a number) -> the largest number that one of them brought, once all of them have called.
     """
-    # not by members alone (use_local_synchronization): torch then names a group by how many groups a rank is in, so that
-    # members which differ in that wait for each other for ever
+    # not by members alone (use_local_synchronization): torch then names a group by how many groups a rank is in, and
+    # members that differ in that would wait for each other for ever
     groups = {ranks: dist.new_group(list(ranks), backend=HOST_BACKEND) for ranks in sorted(sets)}
 
     def largest(ranks: tuple[int, ...], number: float) -> float:

@@ -128,12 +128,14 @@ def load_optimizer_state(trainable: Trainable, state: Any) -> None:
     """Take up what `optimizer_state` describes, once it is read.
 
     Each library's Adam keeps settings of its own in its parameter groups (as `bias_correction`), and torch takes groups
-    over as they were written: what this library's looks for and another's did not write gets its default.
+    over as they were written: what this library's had and another's did not write stays.
     """
+    optimizers = [part.optimizer for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])]
+    before = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     trainable.optimizer.load_state_dict(state)
-    for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
-        for group in part.optimizer.param_groups:
-            group.update({name: value for name, value in part.optimizer.defaults.items() if name not in group})
+    for optimizer, groups in zip(optimizers, before, strict=True):
+        for group, had in zip(optimizer.param_groups, groups, strict=True):
+            group.update({name: value for name, value in had.items() if name not in group})
 
 
 def _gather_in_mesh(mesh: Mesh, found: list[Any], mine: Any, group: dist.ProcessGroup | None = None) -> None:

@@ -112,7 +112,8 @@ def load_with_a_setting_more(run_dir):
     save(ON_ONE, run_dir)
     trainable = place(ON_ONE, True)["critic"]
     (part,) = trainable.optimizer.chained_optimizers
-    part.optimizer.defaults["bias_correction"] = True
+    for group in part.optimizer.param_groups:
+        group["bias_correction"] = True
     load_optimizer(trainable, open_checkpoint(run_dir), "critic")
     return [(group["bias_correction"], group["step"]) for group in part.optimizer.param_groups]
 

@@ -40,6 +40,11 @@ class Trainable(Generic[Model]):
     """The same model, a part for each of its chunks, its gradients summed over data-parallel ranks."""
     optimizer: MegatronOptimizer
 
+    @property
+    def optimizers(self) -> list[Any]:
+        """Megatron's optimizers of its parts; one, where it chains none."""
+        return getattr(self.optimizer, "chained_optimizers", [self.optimizer])
+
     def zero_grad(self) -> None:
         """Forget gradients: both calls, or those of the plain float32 optimizer double."""
         for ddp in self.ddps:
@@ -69,7 +74,7 @@ class Trainable(Generic[Model]):
                 f"{self.name}: the gradient norm is {norm}, so no step was taken; "
                 "lower the learning rate, or look at the rewards and values of this step"
             )
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+        for part in self.optimizers:
             parameters = part.get_parameters()
             if parameters and part.config.clip_grad > 0:
                 clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
@@ -130,7 +135,7 @@ def load_optimizer_state(trainable: Trainable, state: Any) -> None:
     Each library's Adam keeps settings of its own in its parameter groups (as `bias_correction`), and torch takes groups
     over as they were written: what this library's had and another's did not write stays.
     """
-    optimizers = [part.optimizer for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])]
+    optimizers = [part.optimizer for part in trainable.optimizers if part.optimizer is not None]  # None: nothing to train
     before = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     trainable.optimizer.load_state_dict(state)
     for optimizer, groups in zip(optimizers, before, strict=True):

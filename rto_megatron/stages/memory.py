@@ -214,8 +214,7 @@ def _buffers(trainable: Trainable) -> list[Any]:
 def _optimizer_tensors(trainable: Trainable) -> list[Tensor]:
     """Moments, and float32 copies of weights that are not float32 themselves."""
     found: list[Tensor] = []
-    parts: list[Any] = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
-    for part in parts:
+    for part in trainable.optimizers:
         inner = part.optimizer
         if inner is None:  # nothing to train on this rank
             continue

@@ -135,7 +135,7 @@ def load_optimizer_state(trainable: Trainable, state: Any) -> None:
     Each library's Adam keeps settings of its own in its parameter groups (as `bias_correction`), and torch takes groups
     over as they were written: what this library's had and another's did not write stays.
     """
-    optimizers = [part.optimizer for part in trainable.optimizers if part.optimizer is not None]  # None: nothing to train
+    optimizers = [part.optimizer for part in trainable.optimizers if part.optimizer is not None]  # nothing to train
     before = [[dict(group) for group in optimizer.param_groups] for optimizer in optimizers]
     trainable.optimizer.load_state_dict(state)
     for optimizer, groups in zip(optimizers, before, strict=True):
